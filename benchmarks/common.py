@@ -123,6 +123,19 @@ def attend_steps(layer: IceCacheLayer, queries: Tensor, scaling: float) -> Tenso
     return torch.cat(outputs)[:, :, 0]
 
 
+def step_times(seconds: list[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum in milliseconds, and the last two over the median."""
+    times = torch.tensor(seconds, dtype=torch.float64) * 1e3
+    median, p99, most = (times.quantile(q).item() for q in (0.5, 0.99, 1.0))
+    return {
+        "median_ms": median,
+        "p99_ms": p99,
+        "max_ms": most,
+        "p99_over_median": p99 / median,
+        "max_over_median": most / median,
+    }
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     return {

@@ -1,0 +1,97 @@
+"""The growth of a model's whole cache: thousands of tokens generated through `icecache.attach`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import torch
+from common import build_config, environment, progress_bar, step_times
+from rich.progress import Progress, TaskID
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+import icecache
+from icecache.errors import InputError
+from icecache.integrations.embedded import load
+
+
+class StepTimer(BaseStreamer):
+    """Notes when each token arrives; the first call is the prompt."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+        self.arrivals: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.arrivals.append(time.perf_counter())
+        self._bar.update(self._task, completed=len(self.arrivals) - 1)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def prefill_seconds(self) -> float:
+        return self.arrivals[1] - self.arrivals[0]
+
+    @property
+    def step_seconds(self) -> list[float]:
+        decode = self.arrivals[1:]
+        return [after - before for before, after in pairwise(decode)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int) -> Tensor:
+    """The first `tokens` tokens of a text, or of a made-up inventory: `[1, tokens]`."""
+    if text is None:
+        things = ("lamp", "boat", "violin", "garden", "letter", "engine", "mirror")
+        places = ("Oslo", "Lima", "Kyoto", "Cairo", "Perth")
+        text = " ".join(
+            f"Item {i}: the {things[i % 7]} from {places[i * i % 5]} was sold for {i * 37 % 911}."
+            for i in range(tokens)
+        )
+    found = tokenizer(text, return_tensors="pt")["input_ids"][:, :tokens]
+    if found.shape[1] < tokens:
+        raise InputError(f"the prompt has {found.shape[1]} tokens, --start asks for {tokens}")
+    return found
+
+
+def run_model(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Generate `options.tokens` sampled tokens after a prompt of `options.start`; the report."""
+    config = build_config(options.variant, options.budget, overrides)
+    model, tokenizer = load(options.model, options.dtype)
+    text = options.prompt_file.read_text(encoding="utf-8") if options.prompt_file else None
+    token_ids = prompt_ids(tokenizer, text, options.start)
+    torch.manual_seed(0)
+    with progress_bar() as bar, icecache.attach(model, **asdict(config)) as attachment:
+        timer = StepTimer(bar, bar.add_task("tokens", total=options.tokens))
+        output = model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            streamer=timer,
+            do_sample=True,
+            min_new_tokens=options.tokens,
+            max_new_tokens=options.tokens,
+        )
+        cache = attachment.cache
+        cache.check_integrity()
+        stats = cache.stats()
+    return {
+        "benchmark": "growth_model",
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "budget": config.budget,
+        "overrides": overrides,
+        "environment": environment(),
+        "prompt_tokens": token_ids.shape[1],
+        "generated": output.shape[1] - token_ids.shape[1],
+        "tokens_held": stats.tokens,
+        "fill": stats.fill,
+        "sparse_steps": stats.sparse_steps,
+        "dense_steps": stats.dense_steps,
+        "prefill_s": timer.prefill_seconds,
+        "step": step_times(timer.step_seconds),
+    }
