@@ -1,0 +1,191 @@
+"""Where the tokens of one layer are: sink, tree and pages, window.
+
+    short context     tail (everything)
+    past the budget   sink | indexed (tree and pages) | tail (the window)
+
+A token's position counts from its row's first token, padding left out.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icecache.attention.attend import Fixed
+from icecache.cache.indexed import FlatTokens, IndexedTokens
+from icecache.cache.tail import Tail
+from icecache.config import IceCacheConfig
+
+__all__ = ["Context", "Dense"]
+
+_TAIL_SLACK = 256
+
+
+class Dense(NamedTuple):
+    """All tokens: [batch, num_kv_heads, tokens, head_dim] twice, and [batch, tokens] bool."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+
+
+class Context:
+    """Tokens of one layer.
+
+    Parameters
+    ----------
+    config : IceCacheConfig
+    batch, num_kv_heads, head_dim : int
+    dtype : torch.dtype
+    """
+
+    def __init__(
+        self,
+        config: IceCacheConfig,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config = config
+        self._num_kv_heads = num_kv_heads
+        self.tail = Tail(batch, num_kv_heads, head_dim, dtype, _TAIL_SLACK + config.draft)
+        self.indexed: IndexedTokens | None = None
+        self._sink_keys = torch.zeros(batch, num_kv_heads, 0, head_dim, dtype=dtype)
+        self._sink_values = torch.zeros_like(self._sink_keys)
+        self._sink_lens = [0] * batch
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return len(self.tail.lens)
+
+    @property
+    def row_lens(self) -> list[int]:
+        """Tokens of each batch row."""
+        parts = zip(self._sink_lens, self._indexed_lens(), self.tail.lens, strict=True)
+        return [sum(part) for part in parts]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        pages = 0 if self.indexed is None else self.indexed.pool.nbytes
+        sink = 2 * self._sink_keys.numel() * self._sink_keys.element_size()
+        return pages + sink + self.tail.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the summaries and of where tokens are."""
+        return 0 if self.indexed is None else self.indexed.table.nbytes
+
+    def settle(self, keep: int) -> tuple[int, int]:
+        """Move all but the latest `keep` tokens out of the tail, once the budget is passed.
+
+        Returns
+        -------
+        inserted, built : int
+            Tokens that entered the tree one leaf at a time, and in builds, over all rows.
+        """
+        if self.indexed is None:
+            if max(self.tail.lens) <= self._config.budget:
+                return 0, 0
+            self._start_index()
+        leaving = [max(0, length - keep) for length in self.tail.lens]
+        if not any(leaving):
+            return 0, 0
+        assert self.indexed is not None
+        built = self.indexed.add(self._flatten(leaving))
+        self.tail.drop_oldest(leaving)
+        if max(leaving) > _TAIL_SLACK:
+            self.tail.release()
+        moved = sum(leaving) * self._num_kv_heads
+        return (0, moved) if built else (moved, 0)
+
+    def fixed(self) -> Fixed:
+        """Return sink and window, one row per KV head."""
+        keys, values = self.tail.keys_values()
+        valid = torch.cat([self._sink_valid(), self.tail.valid()], 1)
+        return Fixed(
+            torch.cat([self._sink_keys, keys], 2).flatten(0, 1),
+            torch.cat([self._sink_values, values], 2).flatten(0, 1),
+            valid.repeat_interleave(self._num_kv_heads, 0),
+        )
+
+    def dense(self) -> Dense:
+        """Return all tokens of all rows, the latest at the end."""
+        keys, values = self.tail.keys_values()
+        if self.indexed is None:
+            return Dense(keys, values, self.tail.valid() if self.tail.is_ragged else None)
+        middle_keys, middle_values, middle_valid = self.indexed.read_all()
+        shape = (self.batch_size, self._num_kv_heads, -1, keys.shape[3])
+        valid = torch.cat(
+            [self._sink_valid(), middle_valid[:: self._num_kv_heads], self.tail.valid()], 1
+        )
+        return Dense(
+            torch.cat([self._sink_keys, middle_keys.view(shape), keys], 2),
+            torch.cat([self._sink_values, middle_values.view(shape), values], 2),
+            None if bool(valid.all()) else valid,
+        )
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows in a new order, repeated or dropped."""
+        self.tail.reorder(rows)
+        self._sink_keys, self._sink_values = self._sink_keys[rows], self._sink_values[rows]
+        self._sink_lens = [self._sink_lens[row] for row in rows.tolist()]
+        if self.indexed is not None:
+            heads = torch.arange(self._num_kv_heads)
+            self.indexed.reorder((rows[:, None] * self._num_kv_heads + heads).flatten())
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless every token is in exactly one place."""
+        if self.indexed is None:
+            return
+        middles = [
+            range(first, first + length)
+            for first, length in zip(self._sink_lens, self._indexed_lens(), strict=True)
+            for _ in range(self._num_kv_heads)
+        ]
+        self.indexed.check_integrity(middles)
+
+    def _indexed_lens(self) -> list[int]:
+        if self.indexed is None:
+            return [0] * self.batch_size
+        return self.indexed.lens[:: self._num_kv_heads]
+
+    def _sink_valid(self) -> Tensor:
+        slot = torch.arange(self._sink_keys.shape[2])
+        return slot[None] < torch.tensor(self._sink_lens)[:, None]
+
+    def _start_index(self) -> None:
+        lens = self.tail.lens
+        self._sink_lens = [min(self._config.sink, length) for length in lens]
+        shape = list(self._sink_keys.shape)
+        shape[2] = self._config.sink
+        self._sink_keys, self._sink_values = (
+            self._sink_keys.new_zeros(shape),
+            self._sink_values.new_zeros(shape),
+        )
+        for row, length in enumerate(self._sink_lens):
+            keys, values = self.tail.oldest(row, length)
+            self._sink_keys[row, :, :length] = keys
+            self._sink_values[row, :, :length] = values
+        self.tail.drop_oldest(self._sink_lens)
+        num_rows = self.batch_size * self._num_kv_heads
+        dim, dtype = self._sink_keys.shape[3], self._sink_keys.dtype
+        self.indexed = IndexedTokens(self._config, num_rows, dim, dtype)
+
+    def _flatten(self, leaving: list[int]) -> FlatTokens:
+        heads = self._num_kv_heads
+        firsts = [s + m for s, m in zip(self._sink_lens, self._indexed_lens(), strict=True)]
+        oldest = [self.tail.oldest(row, num) for row, num in enumerate(leaving)]
+        positions = [
+            torch.arange(first, first + num).repeat(heads)
+            for first, num in zip(firsts, leaving, strict=True)
+        ]
+        per_row = torch.tensor(leaving).repeat_interleave(heads)
+        return FlatTokens(
+            torch.cat([keys.flatten(0, 1) for keys, _ in oldest]),
+            torch.cat([values.flatten(0, 1) for _, values in oldest]),
+            torch.repeat_interleave(per_row),
+            torch.cat(positions),
+        )

@@ -1,0 +1,335 @@
+"""The tokens between sink and window: in pages, under the tree.
+
+This is where the tree (which tokens belong together) and the store (where they are) meet: every
+token is in exactly one leaf, every leaf in one page of its row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icecache.config import IceCacheConfig
+from icecache.errors import IntegrityError
+from icecache.store.placement import RowPages, pack
+from icecache.store.pool import PagePool
+from icecache.tree.build import Leaves, build_leaves
+from icecache.tree.insert import NO_LEAF, Pieces, assign, cut
+from icecache.tree.paper import paper_leaves
+from icecache.tree.table import NO_SLOT, LeafTable
+
+__all__ = ["FlatTokens", "IndexedTokens"]
+
+_INSERT_AT_MOST = 256
+_GROWTH_TOKENS = 4096
+
+
+class FlatTokens(NamedTuple):
+    """Tokens of all rows, one row after the other.
+
+    Attributes
+    ----------
+    keys, values : shape [tokens, head_dim]
+    row : shape [tokens], int64, rising
+    positions : shape [tokens], int64. Position in the row's context, counted without padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    row: Tensor
+    positions: Tensor
+
+
+class IndexedTokens:
+    """Pages and leaves of one layer.
+
+    Parameters
+    ----------
+    config : IceCacheConfig
+    num_rows : int
+        Batch x KV heads.
+    head_dim : int
+    dtype : torch.dtype
+        Of stored keys and values.
+    """
+
+    def __init__(
+        self, config: IceCacheConfig, num_rows: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self._config = config
+        self.pool = PagePool(config.page_size, head_dim, dtype)
+        self.table = LeafTable(num_rows, head_dim, config.leaf_size)
+        self.row_pages = [RowPages(self.pool) for _ in range(num_rows)]
+        self.lens = [0] * num_rows
+
+    def add(self, tokens: FlatTokens) -> bool:
+        """Take tokens in: a few one leaf at a time, many as leaves of their own.
+
+        Returns whether leaves of their own were built.
+        """
+        per_row = torch.bincount(tokens.row, minlength=self.table.num_rows).tolist()
+        few = max(per_row) <= _INSERT_AT_MOST and any(self.lens)
+        if few:
+            self._insert(tokens)
+        else:
+            self._build(tokens, per_row)
+        self.lens = [have + new for have, new in zip(self.lens, per_row, strict=True)]
+        return not few
+
+    def read_all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all keys and values by position, and which are real.
+
+        Shapes [rows, longest, head_dim] twice and [rows, longest] bool; zeros where not real.
+        """
+        longest = max(self.lens)
+        index = torch.zeros(len(self.lens), longest, dtype=torch.int64)
+        valid = torch.zeros(len(self.lens), longest, dtype=torch.bool)
+        for row, held in enumerate(self.row_pages):
+            tokens, _ = self.pool.tokens_of(held.pages)
+            index[row, : tokens.shape[0]] = tokens
+            valid[row, : tokens.shape[0]] = True
+        if longest == 0 or not valid.any():
+            empty = torch.zeros(len(self.lens), 0, self.pool.head_dim, dtype=self.pool.dtype)
+            return empty, empty, valid[:, :0]
+        keys, values = self.pool.read(index)
+        return (
+            keys.masked_fill_(~valid[..., None], 0.0),
+            values.masked_fill_(~valid[..., None], 0.0),
+            valid,
+        )
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take rows in a new order, repeated or dropped; repeated rows share their pages."""
+        self.table.reorder(rows)
+        old, kept = self.row_pages, set()
+        self.row_pages, self.lens = [], [self.lens[row] for row in rows.tolist()]
+        for row in rows.tolist():
+            self.row_pages.append(old[row].copy() if row in kept else old[row])
+            kept.add(row)
+        for row, held in enumerate(old):
+            if row not in kept:
+                for page in held.pages:
+                    held.drop(page)
+
+    def _build(self, tokens: FlatTokens, per_row: list[int]) -> None:
+        config = self._config
+        make = paper_leaves if config.selection == "paper" else build_leaves
+        leaves = make(tokens.keys.float(), per_row, config)
+        page, slot = self._lay_out(leaves)
+        self.pool.write(page * config.page_size + slot, tokens.keys, tokens.values, tokens.positions)
+        num = sum(leaves.per_row)
+        row = torch.repeat_interleave(torch.tensor(leaves.per_row))
+        leaf = self._open_leaves(leaves.per_row)
+        slots = torch.full((num, config.leaf_size), NO_SLOT, dtype=torch.int64)
+        order = torch.argsort(leaves.ids, stable=True)
+        slots[leaves.ids[order], _rank_within(leaves.ids[order])] = slot[order]
+        page_of_leaf = torch.empty(num, dtype=torch.int64)
+        page_of_leaf[leaves.ids] = page
+        self.table.place_many(row, leaf, page_of_leaf, slots)
+        self.table.summarize(row, leaf, leaves.ids, tokens.keys, tokens.values)
+
+    def _open_leaves(self, per_row: list[int]) -> Tensor:
+        room = max(num + had for num, had in zip(per_row, self.table.num_leaves, strict=True))
+        self.table.reserve(room + room // 4 + _GROWTH_TOKENS // self._config.leaf_target)
+        firsts = [self.table.add(row, num) for row, num in enumerate(per_row)]
+        numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
+        return torch.cat(numbers)
+
+    def _lay_out(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        """Give each leaf a page and each token a slot in it; both of shape [tokens], int64."""
+        page_size = self._config.page_size
+        sizes = torch.bincount(leaves.ids).tolist()
+        parents = leaves.parents.tolist()
+        page_of_leaf: list[int] = []
+        first = 0
+        for row, num in enumerate(leaves.per_row):
+            span = slice(first, first + num)
+            if self._config.selection == "paper":
+                packed, num_pages = list(range(num)), num
+            else:
+                packed, num_pages = pack(sizes[span], parents[span], page_size)
+            pages = self._allocate(num_pages)
+            page_of_leaf.extend(pages[p] for p in packed)
+            free = [page_size] * num_pages
+            for p, size in zip(packed, sizes[span], strict=True):
+                free[p] -= size
+            for p, page in enumerate(pages):
+                self.row_pages[row].hold(page, free[p])
+            first += num
+        page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
+        slot = torch.empty_like(page)
+        order = torch.argsort(page * (leaves.parents.numel() + 1) + leaves.ids, stable=True)
+        slot[order] = _rank_within(page[order])
+        return page, slot
+
+    def _allocate(self, num_pages: int) -> list[int]:
+        if self.pool.num_pages == 0:
+            rows = self.table.num_rows
+            growth = _GROWTH_TOKENS // self._config.page_size
+            self.pool.reserve(rows * (num_pages + num_pages // 4 + growth))
+        return self.pool.allocate(num_pages)
+
+    def _insert(self, tokens: FlatTokens) -> None:
+        """Put each token in its nearest leaf; see `tree.insert` and `_settle_leaf`."""
+        nearest = assign(self.table, tokens.keys.float(), tokens.row)
+        pairs = torch.stack([tokens.row, nearest], 1)
+        touched, which = torch.unique(pairs, dim=0, return_inverse=True)
+        leaves = [(row, leaf) for row, leaf in touched.tolist()]
+        old = [self._tokens_of_leaf(row, leaf) for row, leaf in leaves]
+        old_which = torch.repeat_interleave(torch.tensor([len(ts) for ts in old]))
+        old_tokens = torch.tensor([t for ts in old for t in ts], dtype=torch.int64)
+        old_keys, old_values = self.pool.read(old_tokens)
+        all_ = FlatTokens(
+            torch.cat([old_keys, tokens.keys]),
+            torch.cat([old_values, tokens.values]),
+            torch.cat([old_which, which]),
+            torch.cat([self.pool.positions_of(old_tokens), tokens.positions]),
+        )
+        pieces = cut(all_.keys.float(), all_.row, len(leaves), self._config.leaf_size)
+        place, leaf_of_piece = self._settle(leaves, pieces, old_tokens.numel())
+        at = torch.tensor(place)
+        self.pool.write(at, all_.keys, all_.values, all_.positions)
+        row_of_piece = touched[:, 0][pieces.leaf]
+        self.table.summarize(row_of_piece, leaf_of_piece, pieces.ids, all_.keys, all_.values)
+
+    def _settle(
+        self, leaves: list[tuple[int, int]], pieces: Pieces, num_old: int
+    ) -> tuple[list[int], Tensor]:
+        """Give every piece a leaf number and its tokens a place; tokens' order is `pieces.ids`'.
+
+        Returns the tokens' places, page * page_size + slot, and the pieces' leaves.
+        """
+        size = self._config.page_size
+        members: list[list[int]] = [[] for _ in range(pieces.leaf.shape[0])]
+        for number, piece in enumerate(pieces.ids.tolist()):
+            members[piece].append(number)
+        of_leaf: list[list[int]] = [[] for _ in leaves]
+        for piece, touched in enumerate(pieces.leaf.tolist()):
+            of_leaf[touched].append(piece)
+        place = [NO_LEAF] * pieces.ids.shape[0]
+        leaf_of_piece = [0] * len(members)
+        first_old = 0
+        for (row, leaf), its_pieces in zip(leaves, of_leaf, strict=True):
+            # read again: an earlier leaf of this call may have moved the page they share
+            old = self._tokens_of_leaf(row, leaf)
+            place[first_old : first_old + len(old)] = old
+            first_old += len(old)
+            self._settle_leaf(row, [members[p] for p in its_pieces], place)
+            for i, piece in enumerate(its_pieces):
+                number = leaf if i == 0 and leaf != NO_LEAF else self.table.add(row, 1)
+                leaf_of_piece[piece] = number
+                at = [place[m] for m in members[piece]]
+                self.table.place(row, number, at[0] // size, [t % size for t in at])
+        if first_old != num_old:
+            raise IntegrityError(f"{num_old} tokens read, {first_old} placed again")
+        return place, torch.tensor(leaf_of_piece)
+
+    def _settle_leaf(self, row: int, pieces: list[list[int]], place: list[int]) -> None:
+        """Find slots for the pieces of one leaf, in `place`; what has a slot keeps it if it can.
+
+        Pieces leave the leaf's page, the one with the fewest tokens there first, until the rest
+        fits; those that left go to the fullest page with room.
+        """
+        held, size = self.row_pages[row], self._config.page_size
+        old = [m for piece in pieces for m in piece if place[m] != NO_LEAF]
+        leaving = list(pieces)
+        if old:
+            page = self._own(row, place[old[0]] // size)
+            for m in old:
+                place[m] = page * size + place[m] % size
+            leaving, staying = [], sorted(pieces, key=lambda p: sum(place[m] != NO_LEAF for m in p))
+            room = held.free_slots(page) + len(old)
+            while sum(map(len, staying)) > room:
+                leaving.append(staying.pop(0))
+            gone = [m for piece in leaving for m in piece if place[m] != NO_LEAF]
+            self._vacate(row, page, [place[m] for m in gone])
+            for m in gone:
+                place[m] = NO_LEAF
+            self._fill(row, page, [m for p in staying for m in p if place[m] == NO_LEAF], place)
+        for piece in leaving:
+            target = self._own(row, held.fullest_with(len(piece)))
+            self._fill(row, target, piece, place)
+
+    def _own(self, row: int, page: int) -> int:
+        """Return the page, or the row's own copy of it where other rows hold it too."""
+        if not self.pool.is_shared(page):
+            return page
+        held = self.row_pages[row]
+        copy, free = self.pool.copy_page(page), held.free_slots(page)
+        held.drop(page)
+        held.hold(copy, free)
+        self.table.move_page(row, page, copy)
+        return copy
+
+    def _vacate(self, row: int, page: int, tokens: list[int]) -> None:
+        if not tokens:
+            return
+        self.pool.clear(tokens)
+        held = self.row_pages[row]
+        held.hold(page, held.free_slots(page) + len(tokens))
+        if held.free_slots(page) == self._config.page_size:
+            held.drop(page)
+
+    def _fill(self, row: int, page: int, members: list[int], place: list[int]) -> None:
+        if not members:
+            return
+        slots = self.pool.claim(page, len(members))
+        for m, slot in zip(members, slots, strict=True):
+            place[m] = page * self._config.page_size + slot
+        held = self.row_pages[row]
+        held.hold(page, held.free_slots(page) - len(members))
+
+    def _tokens_of_leaf(self, row: int, leaf: int) -> list[int]:
+        if leaf == NO_LEAF:
+            return []
+        page, slots = self.table.leaf(row, leaf)
+        return [page * self._config.page_size + slot for slot in slots]
+
+    def check_integrity(self, positions: list[range]) -> None:
+        """Raise `IntegrityError` unless every token is where the leaves say, exactly once.
+
+        Parameters
+        ----------
+        positions : list of range
+            The positions that each row must hold.
+        """
+        self.table.check_integrity()
+        self.pool.check_integrity([held.pages for held in self.row_pages])
+        tokens, real = self.table.tokens(self._config.page_size)
+        for row, held in enumerate(self.row_pages):
+            in_pages, found = self.pool.tokens_of(held.pages)
+            if found.tolist() != list(positions[row]):
+                raise IntegrityError(f"row {row}: positions in pages are not {positions[row]}")
+            in_leaves = tokens[row][real[row]].sort().values
+            if not torch.equal(in_leaves, in_pages.sort().values):
+                raise IntegrityError(f"row {row}: tokens in leaves differ from those in pages")
+            for page in held.pages:
+                if held.free_slots(page) != len(self.pool.free_slots(page)):
+                    raise IntegrityError(f"row {row}: free slots of page {page} are miscounted")
+        self._check_summaries(tokens, real)
+
+    def _check_summaries(self, tokens: Tensor, real: Tensor) -> None:
+        row, leaf, _ = real.nonzero(as_tuple=True)
+        if row.numel() == 0:
+            return
+        where = torch.stack([row, leaf], 1)
+        leaves, ids = torch.unique(where, dim=0, return_inverse=True)
+        keys, values = self.pool.read(tokens[real])
+        fresh = LeafTable(self.table.num_rows, self.pool.head_dim, self.table.leaf_size)
+        fresh.reserve(int(leaves[:, 1].max()) + 1)
+        fresh.num_leaves = list(self.table.num_leaves)
+        fresh.summarize(leaves[:, 0], leaves[:, 1], ids, keys, values)
+        for name in ("key_mean", "key_scale", "value_mean", "value_scale", "spread"):
+            kept = getattr(self.table.view(), name)[leaves[:, 0], leaves[:, 1]].float()
+            made = getattr(fresh.view(), name)[leaves[:, 0], leaves[:, 1]].float()
+            # sums of the same tokens in another order may round an int8 code the other way
+            tolerance = 1.0 if name.endswith("mean") else 1e-3 * float(made.abs().max()) + 1e-6
+            if float((kept - made).abs().max()) > tolerance:
+                raise IntegrityError(f"{name} differs from what the tokens give")
+
+
+def _rank_within(ids: Tensor) -> Tensor:
+    """Return each element's rank among equal neighbours of a sorted tensor."""
+    counts = torch.bincount(ids)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(ids.numel()) - starts[ids]

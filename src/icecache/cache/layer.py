@@ -1,0 +1,330 @@
+"""`IceCacheLayer`: the key-value cache of one attention layer."""
+
+import torch
+from torch import Tensor
+
+from icecache.attention.attend import SparseStep, attend_sparse
+from icecache.cache.check import check_query, check_tokens
+from icecache.cache.context import Context
+from icecache.cache.stats import LayerStats, Phase
+from icecache.config import IceCacheConfig
+from icecache.errors import ConfigError, InputError
+from icecache.ops.dispatch import ops_for
+from icecache.store.memory import check_host_memory
+
+__all__ = ["IceCacheLayer"]
+
+class _Counters:
+    def __init__(self) -> None:
+        self.sparse_steps = self.dense_steps = 0
+        self.inserted = self.built = 0
+        self.leaves_scored = 0
+        self.tokens_attended = 0.0
+
+
+class IceCacheLayer:
+    """Key-value cache of one attention layer, attended within a budget.
+
+    Keys and values are stored as given (after rotary embedding). While the context is not longer
+    than the budget, attention is plain and exact. Beyond it the tokens between the first `sink`
+    and the latest `window` are kept in pages under a tree, and a step with one query token
+    attends to sink, window and selected leaves exactly and to the rest through summaries.
+
+    Parameters
+    ----------
+    config : IceCacheConfig
+    num_kv_heads, head_dim : int
+    dtype : torch.dtype
+        Of keys and values.
+    device : str or torch.device, default "cpu"
+
+    Examples
+    --------
+    >>> layer = IceCacheLayer(IceCacheConfig(), num_kv_heads=2, head_dim=64, dtype=torch.float32)
+    >>> layer.prefill(torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64))
+    >>> layer.attend(torch.randn(1, 8, 1, 64)).shape
+    torch.Size([1, 8, 1, 64])
+    """
+
+    def __init__(
+        self,
+        config: IceCacheConfig,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+        self.config = config
+        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            raise ConfigError(f"device must be cpu in this version, got {self.device}")
+        self._ops = ops_for(config.backend)
+        self._counters = _Counters()
+        self.reset()
+
+    @property
+    def phase(self) -> Phase:
+        """How the context is held."""
+        if self._context is None:
+            return Phase.EMPTY
+        return Phase.DENSE if self._context.indexed is None else Phase.INDEXED
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, 0 when empty."""
+        return 0 if self._context is None else self._context.batch_size
+
+    @property
+    def row_lens(self) -> list[int]:
+        """Tokens of each batch row, padding not counted."""
+        return [] if self._context is None else self._context.row_lens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest batch row, padding not counted."""
+        return max(self.row_lens, default=0)
+
+    def prefill(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Take in the keys and values of a prompt; a later call extends the context.
+
+        Parameters
+        ----------
+        keys, values : Tensor, shape [batch, num_kv_heads, tokens, head_dim]
+        mask : Tensor, shape [batch, tokens], bool, optional
+            True where a row has a token, False where it is padded.
+
+        Raises
+        ------
+        InputError
+            On wrong shapes, dtype or device, NaN or infinity; nothing has changed then.
+        HostMemoryExceeded
+            If the tokens do not fit in the memory there is; nothing has changed then.
+        """
+        self.append(keys, values, mask)
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Take in new tokens; the oldest of the window leave it into the tree.
+
+        Arguments and errors as in `prefill`. Of the latest call's tokens up to `config.draft`
+        can be taken back by `crop`.
+        """
+        check_tokens(
+            keys,
+            values,
+            mask,
+            batch=self.batch_size or None,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        if mask is not None and bool(mask.all()):
+            mask = None
+        batch, _, num_new, _ = keys.shape
+        if mask is not None and self._context is None and not bool(mask.any(1).all()):
+            raise InputError("mask must leave every row at least one token")
+        # only calls of some size ask: the question itself costs a system call
+        if num_new > self.config.draft:
+            needed = self.estimate_bytes(batch, num_new)
+            check_host_memory(needed, self._held_bytes(), self.config.max_host_memory)
+        if self._context is None:
+            shape = (batch, self.num_kv_heads, self.head_dim)
+            self._context = Context(self.config, *shape, self.dtype)
+        else:
+            self._settle(self.config.window)
+        self._context.tail.append(keys, values, mask)
+        self._unsettled = num_new
+        if num_new == 1:
+            self._settle(self.config.window)
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attend the latest tokens' queries to the context.
+
+        Parameters
+        ----------
+        query : Tensor, shape [batch, num_q_heads, q_tokens, head_dim]
+            Of the last `q_tokens` tokens, whose keys have been given. One token: a sparse step
+            once the context passes the budget. Several: exact and causal over everything.
+        scaling : float, optional
+            Of the logits; head_dim ** -0.5 by default.
+        softcap : float, optional
+            Logits become softcap * tanh(logits / softcap).
+        sink_logits : Tensor, shape [num_q_heads], optional
+            Learned logits that take part in the softmax without a value.
+
+        Returns
+        -------
+        Tensor, shape of query, dtype of query
+
+        Raises
+        ------
+        InputError
+            On wrong shapes, an empty layer, or more query tokens than were given last.
+        """
+        if self._context is None or self.num_tokens == 0:
+            raise InputError("attend needs tokens: call prefill or append first")
+        check_query(
+            query, batch=self.batch_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        num_queries = query.shape[2]
+        if num_queries > max(1, self._unsettled):
+            raise InputError(
+                f"query has {num_queries} tokens, the latest call gave {self._unsettled}"
+            )
+        scaling = self.head_dim**-0.5 if scaling is None else scaling
+        if num_queries == 1:
+            self._settle(self.config.window)
+            if self._context.indexed is not None:
+                step = self.step(query, scaling, softcap, sink_logits)
+                return step.out.view(query.shape).to(query.dtype)
+        self._counters.dense_steps += 1
+        dense = self._context.dense()
+        self._counters.tokens_attended = float(self.num_tokens)
+        out: Tensor = self._ops.attend_dense(query, *dense, scaling, softcap, sink_logits)
+        if num_queries > 1:
+            kept = num_queries - 1 if num_queries <= self.config.draft else 0
+            self._settle(self.config.window + kept)
+        return out.to(query.dtype)
+
+    def step(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> SparseStep:
+        """Run one sparse step and return all it did; `attend` without checks, for inspection.
+
+        query: shape [batch, num_q_heads, 1, head_dim]; the layer must be ``INDEXED``.
+        """
+        context = self._context
+        assert context is not None and context.indexed is not None
+        rows = self.batch_size * self.num_kv_heads
+        grouped = query.reshape(rows, -1, self.head_dim).float()
+        if sink_logits is not None:
+            sink_logits = sink_logits.view(1, -1).expand(self.batch_size, -1).reshape(rows, -1)
+        result = attend_sparse(
+            grouped,
+            context.fixed(),
+            context.indexed.table,
+            context.indexed.pool,
+            self.config,
+            self._ops,
+            scaling,
+            softcap,
+            sink_logits,
+        )
+        self._counters.sparse_steps += 1
+        self._counters.leaves_scored += result.num_scored
+        self._counters.tokens_attended = float(result.num_attended.double().mean())
+        return result
+
+    def crop(self, num_tokens: int) -> None:
+        """Drop the latest tokens of every row.
+
+        Parameters
+        ----------
+        num_tokens : int
+            How many; at most what the window holds, for what is in the tree stays there.
+
+        Raises
+        ------
+        InputError
+            If it is negative or reaches below the window; nothing has changed then.
+        """
+        held = min(self._context.tail.lens) if self._context is not None else 0
+        if not 0 <= num_tokens <= held:
+            raise InputError(
+                f"crop must be from 0 to the {held} tokens still in the window, got {num_tokens}"
+            )
+        if self._context is not None and num_tokens:
+            self._context.tail.drop_latest(num_tokens)
+            self._unsettled = max(0, self._unsettled - num_tokens)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows in a new order, repeated or dropped (beam search).
+
+        rows: shape [new_batch], integer. Repeated rows share their pages until they write.
+        """
+        if rows.dim() != 1 or rows.numel() == 0 or rows.is_floating_point():
+            raise InputError(f"rows must be a vector of integers, got shape {tuple(rows.shape)}")
+        if self._context is None:
+            return
+        rows = rows.long().cpu()
+        if int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
+            raise InputError(f"rows must be from 0 to {self.batch_size - 1}, got {rows.tolist()}")
+        if rows.tolist() != list(range(self.batch_size)):
+            self._context.reorder(rows)
+
+    def reset(self) -> None:
+        """Forget the context and the counters; the memory is free again."""
+        self._context: Context | None = None
+        self._counters = _Counters()
+        self._unsettled = 0
+
+    def estimate_bytes(self, batch: int, tokens: int) -> int:
+        """Return the host bytes that so many more tokens take, pages and index."""
+        kv = self._token_bytes + 4
+        index = (2 * self.head_dim + 32 + self.config.leaf_size) / self.config.leaf_target
+        return int(batch * self.num_kv_heads * tokens * (1.1 * kv + index))
+
+    def stats(self) -> LayerStats:
+        """Return what the layer holds and what it has done."""
+        context, counters = self._context, self._counters
+        indexed = None if context is None else context.indexed
+        kv_bytes = 0 if context is None else context.kv_bytes
+        index_bytes = 0 if context is None else context.index_bytes
+        slots = 0 if indexed is None else indexed.pool.num_pages * self.config.page_size
+        return LayerStats(
+            phase=self.phase,
+            tokens=self.num_tokens,
+            pages=0 if indexed is None else indexed.pool.num_pages,
+            leaves=0 if indexed is None else sum(indexed.table.num_leaves),
+            fill=indexed.pool.num_tokens / slots if indexed is not None and slots else 1.0,
+            kv_bytes=kv_bytes,
+            index_bytes=index_bytes,
+            device_bytes=0,
+            host_bytes=kv_bytes + index_bytes,
+            full_cache_bytes=sum(self.row_lens) * self.num_kv_heads * self._token_bytes,
+            sparse_steps=counters.sparse_steps,
+            dense_steps=counters.dense_steps,
+            inserted=counters.inserted,
+            built=counters.built,
+            leaves_scored=counters.leaves_scored,
+            tokens_attended=counters.tokens_attended,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless every token is in exactly one place, summaries true."""
+        if self._context is not None:
+            self._settle(self.config.window + self.config.draft)
+            self._context.check_integrity()
+
+    @property
+    def _token_bytes(self) -> int:
+        return 2 * self.head_dim * torch.empty(0, dtype=self.dtype).element_size()
+
+    def _held_bytes(self) -> int:
+        if self._context is None:
+            return 0
+        return self._context.kv_bytes + self._context.index_bytes
+
+    def _settle(self, keep: int) -> None:
+        assert self._context is not None
+        inserted, built = self._context.settle(keep)
+        self._counters.inserted += inserted
+        self._counters.built += built

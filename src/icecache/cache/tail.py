@@ -1,0 +1,122 @@
+"""The latest tokens, contiguous: the window, and all tokens of a context that is still short.
+
+Rows are aligned at their end; row b's tokens are the last `lens[b]` of the buffer.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tail"]
+
+
+class Tail:
+    """A buffer of the latest tokens of every batch row.
+
+    Parameters
+    ----------
+    batch, num_kv_heads, head_dim : int
+    dtype : torch.dtype
+    slack : int
+        Tokens of room that a full buffer gets when it moves its content to the front.
+    """
+
+    def __init__(
+        self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, slack: int
+    ) -> None:
+        self.lens = [0] * batch
+        self._slack = slack
+        self._end = 0
+        self._keys = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=dtype)
+        self._values = torch.empty_like(self._keys)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lens)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows differ in length."""
+        return min(self.lens) != max(self.lens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return 2 * self._keys.numel() * self._keys.element_size()
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Return views of shape [batch, num_kv_heads, longest, head_dim], aligned at the end."""
+        start = self._end - self.longest
+        return self._keys[:, :, start : self._end], self._values[:, :, start : self._end]
+
+    def valid(self) -> Tensor:
+        """Return which of `keys_values` are a row's own, shape [batch, longest], bool."""
+        back = torch.arange(self.longest, 0, -1)
+        return back[None] <= torch.tensor(self.lens)[:, None]
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        """Append tokens, shape [batch, num_kv_heads, tokens, head_dim].
+
+        mask: shape [batch, tokens], bool, optional; what it leaves out is not stored.
+        """
+        num_new = keys.shape[2]
+        if mask is not None:
+            self._append_ragged(keys, values, mask)
+            return
+        self._make_room(num_new)
+        self._keys[:, :, self._end : self._end + num_new] = keys
+        self._values[:, :, self._end : self._end + num_new] = values
+        self._end += num_new
+        self.lens = [length + num_new for length in self.lens]
+
+    def oldest(self, row: int, num: int) -> tuple[Tensor, Tensor]:
+        """Return a batch row's oldest tokens, two of shape [num_kv_heads, num, head_dim]."""
+        start = self._end - self.lens[row]
+        return self._keys[row, :, start : start + num], self._values[row, :, start : start + num]
+
+    def drop_oldest(self, nums: list[int]) -> None:
+        """Drop each row's oldest tokens."""
+        self.lens = [length - num for length, num in zip(self.lens, nums, strict=True)]
+
+    def drop_latest(self, num: int) -> None:
+        """Drop the latest tokens of all rows."""
+        self._end -= num
+        self.lens = [length - num for length in self.lens]
+
+    def release(self) -> None:
+        """Give back the memory that the present tokens do not need."""
+        keys, values = self.keys_values()
+        self._move(keys, values, self._slack)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take batch rows in a new order."""
+        self._keys, self._values = self._keys[rows], self._values[rows]
+        self.lens = [self.lens[row] for row in rows.tolist()]
+
+    def _make_room(self, num_new: int) -> None:
+        if self._end + num_new > self._keys.shape[2]:
+            keys, values = self.keys_values()
+            self._move(keys, values, num_new + max(self._slack, keys.shape[2] // 2))
+
+    def _move(self, keys: Tensor, values: Tensor, room: int) -> None:
+        batch, heads, length, dim = keys.shape
+        for name, old in (("_keys", keys), ("_values", values)):
+            fresh = old.new_empty(batch, heads, length + room, dim)
+            fresh[:, :, :length] = old
+            setattr(self, name, fresh)
+        self._end = length
+
+    def _append_ragged(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+        old_keys, old_values = self.keys_values()
+        keep = torch.cat([self.valid(), mask], 1)
+        lens = keep.sum(1)
+        longest = int(lens.max())
+        order = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - longest :]
+        index = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        foreign = torch.arange(longest, 0, -1)[None] > lens[:, None]
+        merged_keys = torch.cat([old_keys, keys], 2).gather(2, index)
+        merged_values = torch.cat([old_values, values], 2).gather(2, index)
+        for merged in (merged_keys, merged_values):
+            merged.masked_fill_(foreign[:, None, :, None], 0.0)
+        self._move(merged_keys, merged_values, self._slack)
+        self.lens = lens.tolist()

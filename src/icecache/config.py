@@ -1,0 +1,220 @@
+"""The one place of every setting and its default."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from icecache.errors import ConfigError
+
+__all__ = ["IceCacheConfig"]
+
+Selection = Literal["tree", "exact", "paper"]
+Unit = Literal["leaf", "page"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IceCacheConfig:
+    """Settings of an IceCache; immutable, every value checked at construction.
+
+    Parameters
+    ----------
+    budget : int, default 256
+        Tokens that a KV head attends exactly in one decode step: sink, window and selected
+        tokens. A context that is not longer is attended in full. Larger costs time and, when
+        pages are offloaded, transfers; quality rises towards the full cache's.
+    sink, window : int, default 16 and 32
+        First and latest tokens, always attended exactly.
+    leaf_size : int, default 8
+        Most tokens of a leaf, the unit of choice and of summary. Smaller is more faithful and
+        costs index bytes and scan time in proportion.
+    leaf_target : int, default 5
+        Tokens per promoted leaf when a tree is built; at most `leaf_size`.
+    page_size : int, default 16
+        Slots of a page, the unit of storage and transfer; at least `leaf_size`.
+    fan_out : int, default 16
+        Leaves that share a parent node when a tree is built; a node holds twice as many at most.
+    remainder : bool, optional
+        Attend to unselected tokens through their leaves' summaries instead of dropping them.
+        By default on for ``selection="tree"``; the two other selections have no summaries.
+    selection : {"tree", "exact", "paper"}, default "tree"
+        ``"tree"``: leaves of the DCI-tree by their summaries. ``"exact"``: the brute-force twin,
+        the truly best tokens by reading every key. ``"paper"``: the variant of arXiv 2604.10539
+        (see `IceCacheConfig.paper`).
+    unit : {"leaf", "page"}, default "leaf"
+        What is attended when a leaf is chosen: its tokens, or all of its page's (they count
+        against the budget).
+    refine_rounds : int, default 2
+        Rounds that move promoted parents to the mean of their keys; 0 is the paper's promotion.
+    segment_tokens : int, default 2048
+        Keys clustered together in one batch; the cost of a build is linear in the context for
+        any value and proportional to this one.
+    spread_weight : float, default 0.5
+        Share of the spread's second-order correction that enters a summary's weight in the
+        remainder; 0 takes the mean key alone.
+    seed : int, default 0
+        Which keys are promoted. Same input and seed give the same pages, bit for bit.
+    draft : int, default 64
+        Most tokens of one `append` that a later `crop` may take back (assisted decoding).
+    offload : {"auto", "none", "host"}, default "auto"
+        Where pages live. On a CPU all three keep them in host memory, in place.
+    max_host_memory : int, optional
+        Bytes that one layer's pages and index may take; by default what the machine has free.
+    backend : {"auto", "torch", "reference"}, default "auto"
+        Which implementation of the ops runs; ``"reference"`` is slow and the truth.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown key or a value outside its rule.
+    """
+
+    budget: int = 256
+    sink: int = 16
+    window: int = 32
+    leaf_size: int = 8
+    leaf_target: int = 5
+    page_size: int = 16
+    fan_out: int = 16
+    remainder: bool | None = None
+    selection: Selection = "tree"
+    unit: Unit = "leaf"
+    refine_rounds: int = 2
+    segment_tokens: int = 2048
+    spread_weight: float = 0.5
+    seed: int = 0
+    draft: int = 64
+    offload: Literal["auto", "none", "host"] = "auto"
+    max_host_memory: int | None = None
+    backend: Literal["auto", "torch", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, low, high in _INTEGER_RANGES:
+            _check_integer(name, getattr(self, name), low, high)
+        for name, choices in _CHOICES:
+            _require(
+                getattr(self, name) in choices,
+                name,
+                f"must be one of {', '.join(choices)}",
+                getattr(self, name),
+            )
+        _require(
+            isinstance(self.spread_weight, int | float) and 0.0 <= self.spread_weight <= 1.0,
+            "spread_weight",
+            "must be a number from 0 to 1",
+            self.spread_weight,
+        )
+        if self.max_host_memory is not None:
+            _check_integer("max_host_memory", self.max_host_memory, 1, 1 << 62)
+        if self.remainder is None:
+            object.__setattr__(self, "remainder", self.selection == "tree")
+        _require(isinstance(self.remainder, bool), "remainder", "must be a bool", self.remainder)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        _require(
+            self.leaf_target <= self.leaf_size,
+            "leaf_target",
+            f"must be at most leaf_size ({self.leaf_size})",
+            self.leaf_target,
+        )
+        _require(
+            self.page_size >= self.leaf_size,
+            "page_size",
+            f"must be at least leaf_size ({self.leaf_size})",
+            self.page_size,
+        )
+        least = self.sink + self.window + self.selected_unit_size
+        _require(
+            self.budget >= least,
+            "budget",
+            f"must be at least sink + window + one {self.unit} = {least}",
+            self.budget,
+        )
+        _require(
+            self.segment_tokens >= 2 * self.leaf_size,
+            "segment_tokens",
+            f"must be at least two leaves ({2 * self.leaf_size})",
+            self.segment_tokens,
+        )
+        _require(
+            not (self.remainder and self.selection != "tree"),
+            "remainder",
+            f'must be False with selection="{self.selection}", which keeps no summaries',
+            self.remainder,
+        )
+
+    @property
+    def selected_unit_size(self) -> int:
+        """Most tokens that one choice brings, in tokens."""
+        return self.page_size if self.unit == "page" else self.leaf_size
+
+    @classmethod
+    def from_kwargs(cls, **settings: Any) -> "IceCacheConfig":
+        """Return a config from keyword arguments; an unknown key raises `ConfigError`."""
+        _check_known(cls, settings)
+        return cls(**settings)
+
+    @classmethod
+    def paper(cls, **settings: Any) -> "IceCacheConfig":
+        """Return the paper's own variant (arXiv 2604.10539, section 4 and the reference code).
+
+        Promotion only, in the lifted space k' = [k/c, sqrt(1-|k|^2/c^2)]; pages of 16 cut along
+        a random projection below each parent, chosen by their best token; no remainder.
+        """
+        base: dict[str, Any] = {
+            "selection": "paper",
+            "unit": "page",
+            "page_size": 16,
+            "leaf_size": 16,
+            "leaf_target": 12,
+            "refine_rounds": 0,
+        }
+        return cls.from_kwargs(**{**base, **settings})
+
+    def replace(self, **settings: Any) -> "IceCacheConfig":
+        """Return a copy with some settings changed; `ConfigError` as at construction."""
+        _check_known(type(self), settings)
+        if "selection" in settings:
+            settings = {"remainder": None, **settings}
+        return dataclasses.replace(self, **settings)
+
+
+_SIZE_LIMIT = 1 << 20
+_INTEGER_RANGES = (
+    ("budget", 1, 1 << 31),
+    ("sink", 0, _SIZE_LIMIT),
+    ("window", 1, _SIZE_LIMIT),
+    ("leaf_size", 1, 128),
+    ("leaf_target", 1, 128),
+    ("page_size", 1, 255),
+    ("fan_out", 2, 1024),
+    ("refine_rounds", 0, 100),
+    ("segment_tokens", 2, _SIZE_LIMIT),
+    ("seed", 0, (1 << 63) - 1),
+    ("draft", 1, _SIZE_LIMIT),
+)
+_CHOICES = (
+    ("selection", ("tree", "exact", "paper")),
+    ("unit", ("leaf", "page")),
+    ("offload", ("auto", "none", "host")),
+    ("backend", ("auto", "torch", "reference")),
+)
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name} {rule}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_integer, name, "must be an integer", value)
+    _require(low <= value <= high, name, f"must be from {low} to {high}", value)  # type: ignore[operator]
+
+
+def _check_known(cls: Callable[..., Any], settings: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}; known: {', '.join(known)}")

@@ -1,0 +1,70 @@
+"""Every exception that IceCache raises on purpose."""
+
+__all__ = [
+    "BackendUnavailable",
+    "ConfigError",
+    "HostMemoryExceeded",
+    "IceCacheError",
+    "InputError",
+    "IntegrityError",
+    "PoolExhausted",
+    "UnsupportedModel",
+]
+
+
+class IceCacheError(Exception):
+    """Base of all IceCache exceptions."""
+
+
+class ConfigError(IceCacheError, ValueError):
+    """A setting is unknown or breaks its rule; the message names it, the rule and the value."""
+
+
+class InputError(IceCacheError, ValueError):
+    """A tensor or argument of a call breaks its rule; the state is as it was before the call."""
+
+
+class UnsupportedModel(IceCacheError, ValueError):
+    """The model cannot run with IceCache; the message says why and what to do."""
+
+
+class BackendUnavailable(IceCacheError, ImportError):
+    """An optional package is missing; the message holds the command that installs it."""
+
+
+class IntegrityError(IceCacheError, RuntimeError):
+    """An internal invariant is broken: a defect of IceCache, please report it."""
+
+
+class PoolExhausted(IceCacheError, RuntimeError):
+    """A page pool of fixed size has too few free pages.
+
+    Parameters
+    ----------
+    needed, free, total : int
+        Pages asked for, free and in the pool.
+    """
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(
+            f"page pool exhausted: {needed} pages needed, {free} of {total} free; "
+            "raise max_host_memory or shorten the context"
+        )
+        self.needed, self.free, self.total = needed, free, total
+
+
+class HostMemoryExceeded(IceCacheError, MemoryError):
+    """A call would take more host memory than there is; nothing was taken.
+
+    Parameters
+    ----------
+    needed, free : int
+        Bytes asked for and bytes that may still be taken.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(
+            f"host memory: {needed:,} bytes needed, {free:,} bytes free; "
+            "shorten the context, close other caches or raise max_host_memory"
+        )
+        self.needed, self.free = needed, free

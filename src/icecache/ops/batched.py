@@ -1,0 +1,240 @@
+"""The ops of `reference`, all rows and heads at once; same arguments, same results."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = [
+    "attend_dense",
+    "attend_parts",
+    "choose_within",
+    "nearest_leaf",
+    "quantize_rows",
+    "score_leaves",
+    "summarize",
+]
+
+_QUERY_BLOCK = 1024
+
+
+def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:
+    """Return count, mean key, mean value and spread (mean squared distance) of each group."""
+    keys, values = keys.float(), values.float()
+    count = torch.bincount(ids, minlength=num)
+    weight = 1.0 / count.clamp(min=1)[:, None]
+    key_mean = torch.zeros(num, keys.shape[1]).index_add_(0, ids, keys) * weight
+    value_mean = torch.zeros(num, values.shape[1]).index_add_(0, ids, values) * weight
+    squared = (keys - key_mean[ids]).square().sum(1)
+    spread = torch.zeros(num).index_add_(0, ids, squared) * weight[:, 0]
+    return count, key_mean, value_mean, spread
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and the scale of each last-dim row; code * scale is within scale / 2."""
+    x = x.float()
+    scale = x.abs().amax(-1) / 127
+    codes = (x / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
+    return codes, scale
+
+
+def score_leaves(
+    query: Tensor,
+    key_mean: Tensor,
+    key_scale: Tensor,
+    count: Tensor,
+    spread: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log(count) + scaling q.mean and the second-order correction of its log-sum-exp.
+
+    Parameters
+    ----------
+    query : Tensor, shape [rows, heads, dim], float32
+    key_mean : Tensor, shape [rows, leaves, dim], int8
+    key_scale, spread : Tensor, shape [rows, leaves], float32
+    count : Tensor, shape [rows, leaves]; 0 where there is no leaf, its logit is -inf
+
+    Returns
+    -------
+    logits, correction : Tensor, shape [rows, heads, leaves], float32
+    """
+    logits = torch.bmm(query, key_mean.float().transpose(1, 2))
+    logits *= (scaling * key_scale)[:, None]
+    norm = query.square().sum(-1, keepdim=True) * (0.5 * scaling**2 / query.shape[2])
+    correction = norm * spread[:, None]
+    if softcap is not None:
+        squashed = torch.tanh(logits / softcap)
+        logits = softcap * squashed
+        correction = correction * (1 - squashed.square()).square()
+    logits = logits + count.float().log()[:, None]
+    return logits, correction
+
+
+def choose_within(priority: Tensor, size: Tensor, room: int) -> Tensor:
+    """Say what is chosen: of the `room` best, by falling priority, whatever still fits.
+
+    priority: shape [rows, n], float32, negative where never chosen; size: shape [rows, n], at
+    least 1 where it may be chosen. Each pass takes the longest run that fits and thereby rules
+    out the one that ended it, so the result equals going through them one by one.
+    """
+    width = min(priority.shape[1], max(room, 0))
+    best, candidates = priority.topk(width, dim=1)
+    sizes = size.gather(1, candidates).long()
+    open_ = best >= 0
+    taken = torch.zeros_like(open_)
+    left = torch.full((priority.shape[0], 1), room)
+    while True:
+        fits = open_ & ~taken & (sizes <= left)
+        if not bool(fits.any()):
+            break
+        # what was passed over while it did not fit never fits again: room only shrinks
+        taken |= fits & ((sizes * fits).cumsum(1) <= left)
+        left = room - (sizes * taken).sum(1, keepdim=True)
+    return torch.zeros(priority.shape, dtype=torch.bool).scatter_(1, candidates, taken)
+
+
+def nearest_leaf(points: Tensor, key_mean: Tensor, key_scale: Tensor, count: Tensor) -> Tensor:
+    """Return the nearest leaf of each point; leaves without tokens are never it.
+
+    points: shape [rows, points, dim], float32 -> shape [rows, points], int64.
+    """
+    mean = key_mean.float() * key_scale[..., None]
+    half_norm = (0.5 * mean.square().sum(-1)).masked_fill(count == 0, math.inf)
+    return torch.baddbmm(half_norm[:, None], points, mean.transpose(1, 2), alpha=-1).argmin(-1)
+
+
+def attend_parts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    remainder_logits: Tensor | None,
+    value_mean: Tensor | None,
+    value_scale: Tensor | None,
+    sink_logits: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attend exactly to keys and through summaries to the rest, in one softmax.
+
+    Parameters
+    ----------
+    query : Tensor, shape [rows, heads, dim], float32
+    keys, values : Tensor, shape [rows, tokens, dim], any float dtype; finite where not valid
+    valid : Tensor, shape [rows, tokens], bool
+    remainder_logits : Tensor, shape [rows, heads, leaves], float32, optional
+        -inf where a leaf is attended exactly.
+    value_mean, value_scale : Tensor, shape [rows, leaves, dim] int8 and [rows, leaves] float32
+    sink_logits : Tensor, shape [rows, heads], optional
+        Learned logits that take part in the softmax without a value.
+
+    Returns
+    -------
+    Tensor, shape [rows, heads, dim], float32
+    """
+    num_exact = keys.shape[1]
+    logits = torch.bmm(query, keys.float().transpose(1, 2)) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    parts = [logits.masked_fill(~valid[:, None], -math.inf)]
+    if remainder_logits is not None:
+        parts.append(remainder_logits)
+    if sink_logits is not None:
+        parts.append(sink_logits.float()[..., None])
+    share = torch.softmax(torch.cat(parts, -1), -1)
+    out = torch.bmm(share[..., :num_exact], values.float())
+    if remainder_logits is not None and value_mean is not None and value_scale is not None:
+        rest = share[..., num_exact : num_exact + remainder_logits.shape[2]]
+        out = torch.baddbmm(out, rest * value_scale[:, None], value_mean.float())
+    return out
+
+
+def attend_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attend causally; the queries are the last tokens of the keys.
+
+    Parameters
+    ----------
+    query : Tensor, shape [batch, heads, queries, dim]
+    keys, values : Tensor, shape [batch, kv_heads, tokens, dim]; finite where not valid
+    valid : Tensor, shape [batch, tokens], bool, optional
+    sink_logits : Tensor, shape [heads], optional
+
+    Returns
+    -------
+    Tensor, shape of query, dtype of query; 0 where a query sees no token.
+    """
+    num_queries, num_keys = query.shape[2], keys.shape[2]
+    if valid is None and softcap is None and sink_logits is None and num_queries in (1, num_keys):
+        return functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            is_causal=num_queries > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+    blocks = []
+    for start in range(0, num_queries, _QUERY_BLOCK):
+        block = query[:, :, start : start + _QUERY_BLOCK]
+        last = num_keys - num_queries + start + torch.arange(block.shape[2])
+        seen = (torch.arange(num_keys)[None] <= last[:, None])[None, None]
+        if valid is not None:
+            seen = seen & valid[:, None, None]
+        if softcap is None and sink_logits is None:
+            blocks.append(_attend_masked(block, keys, values, seen, scaling))
+        else:
+            blocks.append(_attend_capped(block, keys, values, seen, scaling, softcap, sink_logits))
+    return torch.cat(blocks, 2)
+
+
+def _attend_masked(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
+) -> Tensor:
+    blind = ~seen.any(-1, keepdim=True)
+    out = functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=seen | blind,
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out.masked_fill(blind, 0.0)
+
+
+def _attend_capped(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    batch, heads, num_queries, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, -1, dim)
+    logits = torch.matmul(grouped, keys.float().transpose(2, 3)) * scaling
+    logits = logits.view(batch, heads, num_queries, -1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    blind = ~seen.any(-1, keepdim=True)
+    logits = logits.masked_fill(~(seen | blind), -math.inf)
+    if sink_logits is not None:
+        sink = sink_logits.float().view(1, heads, 1, 1).expand(batch, -1, num_queries, -1)
+        logits = torch.cat([logits, sink], -1)
+    share = torch.softmax(logits, -1)[..., : keys.shape[2]]
+    share = share.reshape(batch, kv_heads, -1, keys.shape[2])
+    out = torch.matmul(share, values.float()).view(batch, heads, num_queries, -1)
+    return out.masked_fill(blind, 0.0).to(query.dtype)

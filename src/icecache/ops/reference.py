@@ -1,0 +1,156 @@
+"""The truth: every op in plain PyTorch, float32, one row and one head at a time."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "attend_dense",
+    "attend_parts",
+    "choose_within",
+    "nearest_leaf",
+    "quantize_rows",
+    "score_leaves",
+    "summarize",
+]
+
+
+def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:
+    """Return count, mean key, mean value and spread (mean squared distance) of each group."""
+    count = torch.zeros(num, dtype=torch.int64)
+    key_mean, value_mean = torch.zeros(num, keys.shape[1]), torch.zeros(num, values.shape[1])
+    spread = torch.zeros(num)
+    for i in range(num):
+        k, v = keys[ids == i].float(), values[ids == i].float()
+        count[i] = k.shape[0]
+        key_mean[i], value_mean[i] = k.mean(0), v.mean(0)
+        spread[i] = ((k - key_mean[i]) ** 2).sum(1).mean()
+    return count, key_mean, value_mean, spread
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and the scale of each last-dim row; code * scale is within scale / 2."""
+    flat = x.float().reshape(-1, x.shape[-1])
+    codes, scales = torch.empty(flat.shape, dtype=torch.int8), torch.empty(flat.shape[0])
+    for i, row in enumerate(flat):
+        scales[i] = row.abs().max() / 127
+        codes[i] = (row / scales[i]).round() if scales[i] > 0 else 0
+    return codes.view(x.shape), scales.view(x.shape[:-1])
+
+
+def score_leaves(
+    query: Tensor,
+    key_mean: Tensor,
+    key_scale: Tensor,
+    count: Tensor,
+    spread: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log(count) + scaling q.mean and the second-order correction of its log-sum-exp."""
+    rows, heads, dim = query.shape
+    logits = torch.full((rows, heads, count.shape[1]), -math.inf)
+    correction = torch.zeros_like(logits)
+    for r in range(rows):
+        for g in range(heads):
+            for i in range(count.shape[1]):
+                if count[r, i] == 0:
+                    continue
+                q = query[r, g].float()
+                logit = scaling * torch.dot(q, key_mean[r, i].float() * key_scale[r, i])
+                slope = torch.ones(())
+                if softcap is not None:
+                    squashed = torch.tanh(logit / softcap)
+                    logit, slope = softcap * squashed, 1 - squashed**2
+                variance = scaling**2 * q.dot(q) * spread[r, i] / dim * slope**2
+                logits[r, g, i] = logit + math.log(int(count[r, i]))
+                correction[r, g, i] = 0.5 * variance
+    return logits, correction
+
+
+def choose_within(priority: Tensor, size: Tensor, room: int) -> Tensor:
+    """Say what is chosen: of the `room` best, by falling priority, whatever still fits."""
+    chosen = torch.zeros(priority.shape, dtype=torch.bool)
+    for r in range(priority.shape[0]):
+        left = room
+        for i in torch.argsort(priority[r], descending=True, stable=True)[:room].tolist():
+            if priority[r, i] >= 0 and size[r, i] <= left:
+                chosen[r, i] = True
+                left -= int(size[r, i])
+    return chosen
+
+
+def nearest_leaf(points: Tensor, key_mean: Tensor, key_scale: Tensor, count: Tensor) -> Tensor:
+    """Return the nearest leaf of each point; leaves without tokens are never it."""
+    nearest = torch.zeros(points.shape[:2], dtype=torch.int64)
+    for r in range(points.shape[0]):
+        mean = key_mean[r].float() * key_scale[r][:, None]
+        for i, point in enumerate(points[r].float()):
+            distance = ((mean - point) ** 2).sum(1)
+            nearest[r, i] = distance.masked_fill(count[r] == 0, math.inf).argmin()
+    return nearest
+
+
+def attend_parts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    remainder_logits: Tensor | None,
+    value_mean: Tensor | None,
+    value_scale: Tensor | None,
+    sink_logits: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attend exactly to keys and through summaries to the rest, in one softmax."""
+    rows, heads, _ = query.shape
+    out = torch.empty(rows, heads, values.shape[2])
+    for r in range(rows):
+        for g in range(heads):
+            k, v = keys[r][valid[r]].float(), values[r][valid[r]].float()
+            logits = scaling * (k @ query[r, g].float())
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if remainder_logits is not None and value_mean is not None and value_scale is not None:
+                live = remainder_logits[r, g] > -math.inf
+                logits = torch.cat([logits, remainder_logits[r, g][live]])
+                v = torch.cat([v, value_mean[r][live].float() * value_scale[r][live][:, None]])
+            if sink_logits is not None:
+                logits = torch.cat([logits, sink_logits[r, g].float()[None]])
+                v = torch.cat([v, torch.zeros(1, v.shape[1])])
+            out[r, g] = torch.softmax(logits, 0) @ v
+    return out
+
+
+def attend_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attend causally; the queries are the last tokens of the keys."""
+    batch, heads, num_queries, _ = query.shape
+    group, num_keys = heads // keys.shape[1], keys.shape[2]
+    out = torch.zeros(*query.shape[:3], values.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(num_queries):
+                seen = torch.arange(num_keys) <= num_keys - num_queries + t
+                if valid is not None:
+                    seen &= valid[b]
+                if not seen.any():
+                    continue
+                k, v = keys[b, h // group][seen].float(), values[b, h // group][seen].float()
+                logits = scaling * (k @ query[b, h, t].float())
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                if sink_logits is not None:
+                    logits = torch.cat([logits, sink_logits[h].float()[None]])
+                    v = torch.cat([v, torch.zeros(1, v.shape[1])])
+                out[b, h, t] = torch.softmax(logits, 0) @ v
+    return out

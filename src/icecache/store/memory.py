@@ -1,0 +1,40 @@
+"""How much host memory may still be taken."""
+
+import os
+from pathlib import Path
+
+from icecache.errors import HostMemoryExceeded
+
+__all__ = ["available_host_bytes", "check_host_memory"]
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def available_host_bytes() -> int | None:
+    """Return the bytes that the operating system says can be taken, None where it does not say."""
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def check_host_memory(needed: int, taken: int, limit: int | None) -> None:
+    """Raise `HostMemoryExceeded` if `needed` more bytes would pass the limit or what is free.
+
+    Parameters
+    ----------
+    needed : int
+        Bytes about to be taken.
+    taken : int
+        Bytes that count against the limit already.
+    limit : int, optional
+        Bytes in all; None means only what the machine has free.
+    """
+    if limit is not None and taken + needed > limit:
+        raise HostMemoryExceeded(needed, max(0, limit - taken))
+    available = available_host_bytes()
+    if available is not None and needed > available:
+        raise HostMemoryExceeded(needed, available)

@@ -1,0 +1,1 @@
+"""Which tokens belong together, and which of them a query wants."""

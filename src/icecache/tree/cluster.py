@@ -1,0 +1,229 @@
+"""Grouping of points by nearness: promotion, refinement and the cut to a largest group size.
+
+Points come ragged: the rows of a batch lie one after the other in a flat tensor. Every step works
+on all rows at once. A row is first put in an order in which near points are near, then cut into
+segments of equal length; a segment's points are grouped among themselves, so the cost is linear
+in the number of points. Nothing is random: the promoted points are every n-th in that order
+(arXiv 2604.10539 promotes every n-th key too), so a row's groups do not depend on its batch.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["GroupRule", "bisect_order", "group", "sort_within", "split_oversized"]
+
+_POWER_ROUNDS = 3
+_COARSE_CELL = 256
+_MAX_COARSE_CELLS = 1024
+_SCRATCH_ELEMENTS = 1 << 22
+
+
+class GroupRule(NamedTuple):
+    """How points are grouped.
+
+    Attributes
+    ----------
+    target : points per promoted parent.
+    largest : most points of a group.
+    rounds : refinements of the parents.
+    segment : most points grouped among themselves.
+    seed : which points are promoted.
+    """
+
+    target: int
+    largest: int
+    rounds: int
+    segment: int
+    seed: int
+
+
+def group(points: Tensor, row_lens: list[int], rule: GroupRule) -> tuple[Tensor, list[int]]:
+    """Group the points of every row.
+
+    Parameters
+    ----------
+    points : Tensor, shape [points, dim], float32
+        The rows' points, one row after the other.
+    row_lens : list of int
+        Points per row.
+    rule : GroupRule
+
+    Returns
+    -------
+    ids : Tensor, shape [points], int64
+        Each point's group, numbered over all rows; a row's numbers are contiguous and rise from
+        row to row, and near groups have near numbers.
+    groups_per_row : list of int
+    """
+    order, segments_per_row = _segment_order(points, row_lens, rule)
+    ids, num_groups, segment_of_group = _group_segments(points, order, rule)
+    ids, segment_of_group = split_oversized(points, ids, num_groups, rule.largest, segment_of_group)
+    return _number_by_segment(ids, segment_of_group, segments_per_row)
+
+
+def split_oversized(
+    points: Tensor, ids: Tensor, num_groups: int, largest: int, owner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cut groups of more than `largest` points in two along their main direction, until none is.
+
+    Parameters
+    ----------
+    points : Tensor, shape [points, dim], float32
+    ids : Tensor, shape [points], int64
+    num_groups : int
+    largest : int
+    owner : Tensor, shape [groups], int64
+        Any label of a group; the groups cut off inherit it.
+
+    Returns
+    -------
+    ids, owner : Tensor
+        New groups are numbered from `num_groups` on; the first half keeps its number.
+    """
+    while True:
+        counts = torch.bincount(ids, minlength=num_groups)
+        oversized = (counts > largest).nonzero()[:, 0]
+        if oversized.numel() == 0:
+            return ids, owner
+        compact = torch.full((num_groups,), -1, dtype=torch.int64)
+        compact[oversized] = torch.arange(oversized.numel())
+        label = compact[ids]
+        members = (label >= 0).nonzero()[:, 0]
+        label = label[members]
+        upper = _upper_half(points[members], label, counts[oversized])
+        ids = ids.clone()
+        ids[members[upper]] = num_groups + label[upper]
+        owner = torch.cat([owner, owner[oversized]])
+        num_groups += oversized.numel()
+
+
+def bisect_order(points: Tensor) -> Tensor:
+    """Return an order of the points in which near ones are near, shape [points], int64.
+
+    Halves recursively along the main direction; neighbours in the result share small cells.
+    """
+    num = points.shape[0]
+    ids = torch.zeros(num, dtype=torch.int64)
+    cells = 1
+    for _ in range(max(0, math.ceil(math.log2(max(1, num))) - 1)):
+        counts = torch.bincount(ids, minlength=cells)
+        upper = _upper_half(points, ids, counts)
+        ids = 2 * ids + upper.long()
+        cells *= 2
+    return torch.argsort(ids, stable=True)
+
+
+def sort_within(ids: Tensor, key: Tensor) -> Tensor:
+    """Return the stable order that sorts by group and, within a group, by key."""
+    by_key = torch.argsort(key, stable=True)
+    return by_key[torch.argsort(ids[by_key], stable=True)]
+
+
+def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    """Say of each point whether it lies in the upper half of its group's main direction."""
+    num_groups, dim = counts.shape[0], points.shape[1]
+    mean = torch.zeros(num_groups, dim).index_add_(0, ids, points)
+    centred = points - (mean / counts.clamp(min=1)[:, None])[ids]
+    by_norm = sort_within(ids, (centred * centred).sum(1))
+    ends = counts.cumsum(0)
+    farthest = by_norm[(ends - 1).clamp(min=0)]
+    direction = centred[farthest]
+    for _ in range(_POWER_ROUNDS):
+        weight = (centred * direction[ids]).sum(1, keepdim=True)
+        direction = torch.zeros(num_groups, dim).index_add_(0, ids, weight * centred)
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-20)
+    order = sort_within(ids, (centred * direction[ids]).sum(1))
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel())
+    rank -= (ends - counts)[ids]
+    return rank >= (counts - counts // 2)[ids]
+
+
+def _segment_order(
+    points: Tensor, row_lens: list[int], rule: GroupRule
+) -> tuple[Tensor, list[int]]:
+    """Return point numbers, shape [segments, segment], -1 where a segment is shorter."""
+    pieces: list[Tensor] = []
+    per_row: list[int] = []
+    start = 0
+    for length in row_lens:
+        numbers = torch.arange(start, start + length)
+        num_segments = math.ceil(length / rule.segment)
+        if num_segments > 1:
+            numbers = numbers[_coarse_order(points[start : start + length])]
+        pieces.extend(numbers.tensor_split(num_segments) if length else ())
+        per_row.append(num_segments)
+        start += length
+    order = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=-1)
+    return order, per_row
+
+
+def _coarse_order(points: Tensor) -> Tensor:
+    num = points.shape[0]
+    stride = max(_COARSE_CELL, math.ceil(num / _MAX_COARSE_CELLS))
+    parents = points[::stride]
+    parents = parents[bisect_order(parents)]
+    half_norm = 0.5 * (parents * parents).sum(1)
+    cell = torch.empty(num, dtype=torch.int64)
+    step = max(1, _SCRATCH_ELEMENTS // parents.shape[0])
+    for i in range(0, num, step):
+        cell[i : i + step] = (half_norm - points[i : i + step] @ parents.T).argmin(1)
+    return torch.argsort(cell, stable=True)
+
+
+def _group_segments(
+    points: Tensor, order: Tensor, rule: GroupRule
+) -> tuple[Tensor, int, Tensor]:
+    num_segments, width = order.shape
+    max_parents = math.ceil(width / rule.target)
+    ids = torch.empty(points.shape[0], dtype=torch.int64)
+    step = max(1, _SCRATCH_ELEMENTS // (width * max_parents))
+    for i in range(0, num_segments, step):
+        numbers = order[i : i + step]
+        real = numbers >= 0
+        nearest = _promote_and_refine(points[numbers.clamp(min=0)], real, rule)
+        offset = torch.arange(i, i + numbers.shape[0])[:, None] * max_parents
+        ids[numbers[real]] = (nearest + offset)[real]
+    used, ids = torch.unique(ids, return_inverse=True)
+    return ids, used.numel(), used // max_parents
+
+
+def _promote_and_refine(x: Tensor, real: Tensor, rule: GroupRule) -> Tensor:
+    """Return each point's nearest parent; x: [segments, width, dim], real: [segments, width]."""
+    lens = real.sum(1)
+    num_parents = (lens + rule.target - 1) // rule.target
+    slot = torch.arange(int(num_parents.max()))
+    promoted = (slot[None] * rule.target + rule.seed % rule.target).clamp(max=x.shape[1] - 1)
+    promoted = torch.minimum(promoted, (lens - 1)[:, None])
+    parents = x.gather(1, promoted[..., None].expand(-1, -1, x.shape[2]))
+    absent = slot[None] >= num_parents[:, None]
+    for round_ in range(rule.rounds + 1):
+        half_norm = (0.5 * (parents * parents).sum(-1)).masked_fill(absent, math.inf)
+        nearest = torch.baddbmm(half_norm[:, None], x, parents.transpose(1, 2), alpha=-1).argmin(-1)
+        if round_ == rule.rounds:
+            return nearest
+        parents = _means(x, real, nearest, parents)
+    raise AssertionError("unreachable")
+
+
+def _means(x: Tensor, real: Tensor, nearest: Tensor, parents: Tensor) -> Tensor:
+    segments, num_parents, dim = parents.shape
+    flat = (nearest + torch.arange(segments)[:, None] * num_parents)[real]
+    total = torch.zeros(segments * num_parents, dim).index_add_(0, flat, x[real])
+    count = torch.bincount(flat, minlength=segments * num_parents)[:, None]
+    mean = total / count.clamp(min=1)
+    return torch.where(count > 0, mean, parents.reshape(-1, dim)).view_as(parents)
+
+
+def _number_by_segment(
+    ids: Tensor, segment_of_group: Tensor, segments_per_row: list[int]
+) -> tuple[Tensor, list[int]]:
+    order = torch.argsort(segment_of_group, stable=True)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(order.numel())
+    row_of_segment = torch.repeat_interleave(torch.tensor(segments_per_row, dtype=torch.int64))
+    per_row = torch.bincount(row_of_segment[segment_of_group], minlength=len(segments_per_row))
+    return number[ids], per_row.tolist()
