@@ -1,0 +1,167 @@
+"""`attach`: let a model's own `generate` run with IceCache, and take that back."""
+
+from types import TracebackType
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from icecache.config import IceCacheConfig
+from icecache.errors import InputError, UnsupportedModel
+from icecache.integrations.transformers.attention import NAME, register
+from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
+from icecache.integrations.transformers.support import decoder_config, supports
+
+__all__ = ["Attachment", "attach"]
+
+_HOOK = "_prepare_cache_for_generation"
+
+
+class Attachment:
+    """A model that runs with IceCache until `detach`; a context manager that detaches at its end.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As given to `attach`.
+    settings : IceCacheConfig
+        Of every cache that ``model.generate(...)`` makes.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: IceCacheConfig) -> None:
+        self.model = model
+        self.settings = settings
+        self.cache: IceCache | None = None
+        self._implementations = _implementations(model)
+        self._is_attached = True
+        register()
+        try:
+            _set_attention(model)
+        except ValueError:
+            self._restore_attention()
+            raise
+        self._before = vars(model).get(_HOOK)
+        self._prepare = getattr(model, _HOOK)
+        # on this one instance: its class and every other model stay as they are
+        setattr(model, _HOOK, self._prepare_cache)
+
+    def detach(self) -> None:
+        """Put the model back as it was; calling it again changes nothing. Caches stay readable."""
+        if self._is_attached:
+            delattr(self.model, _HOOK)
+            if self._before is not None:
+                setattr(self.model, _HOOK, self._before)
+            self._restore_attention()
+            self._is_attached = False
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        self._prepare(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            raise InputError(
+                "generate runs without a cache (use_cache=False) on a model that is attached to "
+                "IceCache; drop use_cache=False, or detach"
+            )
+        # generate makes a plain DynamicCache where nobody asked for another one
+        if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
+            cache = IceCache.for_attached(self.model, self.settings)
+            # it outlives this call, as a cache given by the caller does
+            cache._is_user_defined = True
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        if not isinstance(cache, IceCache):
+            raise InputError(
+                f"generate would run with a {type(cache).__name__} on a model that is attached to "
+                "IceCache; drop cache_implementation and past_key_values (or pass an IceCache), "
+                "or detach"
+            )
+        self.cache = cache
+
+    def _restore_attention(self) -> None:
+        for config, implementation in self._implementations:
+            config._attn_implementation_internal = implementation
+
+
+def attach(
+    model: PreTrainedModel, settings: IceCacheConfig | None = None, **config: Any
+) -> Attachment:
+    """Let ``model.generate(...)``, and pipelines around the model, run with IceCache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal decoder; see `icecache.supports`.
+    settings : IceCacheConfig, optional
+        All settings at once.
+    **config
+        Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
+
+    Returns
+    -------
+    Attachment
+        Use it in a ``with`` statement, or call its ``detach()``. Its ``cache`` is the `IceCache` of
+        the last ``generate``: pass it as ``past_key_values`` to go on with that conversation.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown setting or a value outside its rule.
+    UnsupportedModel
+        If the model cannot run with IceCache; it is left as it was.
+
+    Examples
+    --------
+    >>> with icecache.attach(model, budget=256) as attachment:    # doctest: +SKIP
+    ...     output = model.generate(**inputs, max_new_tokens=64)
+    ...     print(attachment.cache.stats().sparse_steps)
+    """
+    settings = combine(settings, config)
+    report = supports(model)
+    report.require()
+    if isinstance(getattr(vars(model).get(_HOOK), "__self__", None), Attachment):
+        raise InputError("the model is attached to IceCache already; detach it first")
+    if getattr(decoder_config(model.config), "output_attentions", False):
+        raise InputError(
+            "model.config.output_attentions is True, but IceCache never forms attention matrices; "
+            "set it to False first"
+        )
+    warn_if_nothing_managed(report)
+    return Attachment(model, settings)
+
+
+def _set_attention(model: PreTrainedModel) -> None:
+    decoder = decoder_config(model.config)
+    names = [key for key in model.config.sub_configs if getattr(model.config, key) is decoder]
+    # encoders beside the decoder keep their own attention
+    requested: str | dict[str, str] = {"": NAME, names[0]: NAME} if names else NAME
+    model.set_attn_implementation(requested)
+    if decoder._attn_implementation != NAME:
+        raise UnsupportedModel(
+            f"{type(model).__name__} refused the attention implementation {NAME!r}; "
+            "run this model without IceCache"
+        )
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    found: dict[int, PreTrainedConfig] = {}
+    waiting = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = [getattr(config, key, None) for key in config.sub_configs]
+            waiting += [part for part in parts if part is not None]
+    return [(config, config._attn_implementation) for config in found.values()]

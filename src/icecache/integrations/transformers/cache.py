@@ -1,0 +1,233 @@
+"""`IceCache`, the cache of a whole model for transformers."""
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
+
+from icecache.config import IceCacheConfig
+from icecache.errors import IceCacheError, InputError
+from icecache.integrations.transformers.attention import Handoff, hand_over, register
+from icecache.integrations.transformers.forward import ForwardPass
+from icecache.integrations.transformers.layer import ManagedLayer
+from icecache.integrations.transformers.stats import CacheStats
+from icecache.integrations.transformers.support import SupportReport, decoder_config, supports
+
+__all__ = ["IceCache"]
+
+
+class IceCache(Cache):
+    """A transformers cache whose full-attention layers attend within a token budget.
+
+    The model has to run IceCache's attention: `icecache.attach` sets it, and so does
+    ``model.set_attn_implementation("icecache")``. Pass the cache as ``past_key_values`` and keep it
+    to go on with the conversation; one cache serves one batch of conversations.
+
+    Parameters
+    ----------
+    model_or_config : PreTrainedModel or PreTrainedConfig
+        The model that will fill the cache.
+    settings : IceCacheConfig, optional
+        All settings at once.
+    **config
+        Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown setting or a value outside its rule.
+    UnsupportedModel
+        If one of the model's layers can neither be managed nor be left to the model.
+
+    Examples
+    --------
+    >>> with icecache.attach(model):                              # doctest: +SKIP
+    ...     cache = icecache.IceCache(model, budget=256)
+    ...     model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        model_or_config: PreTrainedModel | PreTrainedConfig,
+        settings: IceCacheConfig | None = None,
+        **config: Any,
+    ) -> None:
+        settings = combine(settings, config)
+        report = supports(model_or_config)
+        report.require()
+        warn_if_nothing_managed(report)
+        register()
+        self._open(getattr(model_or_config, "config", model_or_config), settings)
+
+    @classmethod
+    def for_attached(cls, model: PreTrainedModel, settings: IceCacheConfig) -> "IceCache":
+        """Return a cache for a model that `attach` has checked already."""
+        cache = cls.__new__(cls)
+        cache._open(model.config, settings)
+        return cache
+
+    def _open(self, config: PreTrainedConfig, settings: IceCacheConfig) -> None:
+        super().__init__(layers=_layers(decoder_config(config), settings))
+        self.settings = settings
+        self._forward = ForwardPass(self.layers)
+        self._is_closed = False
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand new keys and values of one layer over; called by the model's attention modules."""
+        if self._is_closed:
+            raise InputError("this IceCache was closed; make a new one")
+        if layer_idx >= len(self.layers):
+            raise InputError(
+                f"layer {layer_idx} is not among the {len(self.layers)} layers of the model that "
+                "this IceCache was made for; make one for this model"
+            )
+        self._forward.enter(layer_idx, key_states)
+        try:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except IceCacheError:
+            self._forward.undo()
+            raise
+        layer = self.layers[layer_idx]
+        managed = layer if isinstance(layer, ManagedLayer) else None
+        hand_over(keys, Handoff(managed, values, self._forward))
+        return keys, values
+
+    @property
+    def managed(self) -> dict[int, ManagedLayer]:
+        """The layers that IceCache manages, by index."""
+        return {i: x for i, x in enumerate(self.layers) if isinstance(x, ManagedLayer)}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest row, padding excluded."""
+        return self.stats().tokens
+
+    def stats(self) -> CacheStats:
+        """Return what the managed layers hold and did, per layer and summed."""
+        stats = {index: layer.stats() for index, layer in self.managed.items()}
+        return CacheStats(
+            budget=self.settings.budget,
+            num_layers=len(self.layers),
+            layers={index: layer for index, layer in stats.items() if layer is not None},
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every row; 0 drops none.
+
+        Raises
+        ------
+        InputError
+            If a layer cannot go back that far; the cache is as it was.
+        """
+        self._forward.settle()
+        self._check_crop(-tokens_to_remove)
+        # the managed layers first: they alone can refuse now
+        for layer in sorted(self.layers, key=lambda x: not isinstance(x, ManagedLayer)):
+            layer.crop(tokens_to_remove)
+        self._forward.padding.keep_columns(self._num_columns())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let row i continue row ``beam_idx[i]`` (beam search)."""
+        self._forward.settle()
+        super().reorder_cache(beam_idx)
+        self._rows_changed(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, ids or a bool mask."""
+        self._forward.settle()
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        super().batch_select_indices(rows)
+        self._rows_changed(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._forward.settle()
+        super().batch_repeat_interleave(repeats)
+        if self._forward.batch_size is not None:
+            self._rows_changed(torch.arange(self._forward.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget the conversation; settings stay."""
+        super().reset()
+        self._forward.clear()
+
+    def close(self) -> None:
+        """Free all memory; the cache cannot be used again."""
+        self.reset()
+        for layer in self.managed.values():
+            layer.core = None
+            layer.is_initialized = False
+        self._is_closed = True
+
+    def _rows_changed(self, rows: torch.Tensor) -> None:
+        self._forward.padding.keep_rows(rows)
+        if self._forward.batch_size is not None:
+            self._forward.batch_size = int(rows.numel())
+
+    def _num_columns(self) -> int:
+        return max((layer.num_columns for layer in self.managed.values()), default=0)
+
+    def _check_crop(self, num_tokens: int) -> None:
+        if num_tokens < 0:
+            raise InputError(
+                f"crop takes the tokens to remove as a negative number, got {-num_tokens}"
+            )
+        held = self._num_columns()
+        if self.managed and num_tokens > held:
+            raise InputError(f"crop cannot remove {num_tokens} tokens of the {held} in the cache")
+        if self._forward.padding.is_padded(held - num_tokens):
+            raise InputError(
+                f"crop cannot remove {num_tokens} tokens, for they are padding in some rows"
+            )
+        for index, layer in enumerate(self.layers):
+            is_full = (
+                isinstance(layer, DynamicSlidingWindowLayer)
+                and layer.get_seq_length() >= layer.sliding_window
+            )
+            if num_tokens and is_full and not layer.record_past:
+                raise InputError(
+                    f"layer {index} has a sliding window and has dropped older tokens; call "
+                    "activate_past_recording() before the tokens that crop may take back"
+                )
+
+
+def combine(settings: IceCacheConfig | None, config: dict[str, Any]) -> IceCacheConfig:
+    """Return `settings` with the single settings of `config` changed."""
+    if settings is None:
+        return IceCacheConfig.from_kwargs(**config)
+    return settings.replace(**config) if config else settings
+
+
+def warn_if_nothing_managed(report: SupportReport) -> None:
+    """Warn that the cache will do nothing for this model."""
+    if not report.managed:
+        warnings.warn(
+            f"{report.model_type} has no layer with full attention: IceCache manages nothing and "
+            "the model runs with its own caches",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _layers(config: PreTrainedConfig, settings: IceCacheConfig) -> list[Any]:
+    kinds, arguments = get_layer_types_and_kwargs(config)
+    return [
+        ManagedLayer(settings)
+        if kind == "full_attention"
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+        for kind, kwargs in zip(kinds, arguments)
+    ]

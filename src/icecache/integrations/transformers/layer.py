@@ -1,0 +1,155 @@
+"""One managed attention layer as transformers' caches see it."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from icecache.cache.layer import IceCacheLayer
+from icecache.cache.stats import LayerStats
+from icecache.config import IceCacheConfig
+from icecache.errors import InputError, UnsupportedModel
+
+__all__ = ["ManagedLayer"]
+
+
+class _Inference(torch.autograd.Function):
+    """Pass the output on, and say so when somebody asks for gradients through it."""
+
+    @staticmethod
+    def forward(ctx: object, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: torch.Tensor) -> tuple[None, None]:
+        raise InputError("IceCache runs inference only and has no gradients; detach it to train")
+
+
+class ManagedLayer(CacheLayerMixin):
+    """A transformers cache layer over an `IceCacheLayer`.
+
+    `update` only hands the new keys and values over: the padding mask reaches the attention
+    function alone, which then calls `take` and `attend`.
+
+    Parameters
+    ----------
+    settings : IceCacheConfig
+        Of the `IceCacheLayer`, which is made when the first keys tell its shape.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, settings: IceCacheConfig) -> None:
+        super().__init__()
+        self.settings = settings
+        self.core: IceCacheLayer | None = None
+        self.num_columns = 0
+        self.is_pending = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the core layer for tensors like these."""
+        if key_states.shape != value_states.shape:
+            raise UnsupportedModel(
+                f"keys of shape {list(key_states.shape)} and values of {list(value_states.shape)} "
+                "differ, and IceCache stores them side by side; run this model without IceCache"
+            )
+        self.core = IceCacheLayer(
+            self.settings,
+            num_kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[3],
+            dtype=key_states.dtype,
+            device=key_states.device,
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announce new tokens; return them as they are, to be taken by the attention function."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.is_pending = True
+        return key_states, value_states
+
+    @torch.no_grad()
+    def take(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Append the announced tokens; a second call, by a layer that shares them, does nothing."""
+        if not self.is_pending:
+            return
+        assert self.core is not None
+        self.is_pending = False
+        if self.num_columns == 0:
+            self.core.prefill(keys.detach(), values.detach(), mask)
+        else:
+            self.core.append(keys.detach(), values.detach(), mask)
+        self.num_columns += keys.shape[2]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the output for the last tokens, ``[batch, num_q_heads, q_tokens, value_dim]``."""
+        assert self.core is not None
+        with torch.no_grad():
+            output = self.core.attend(
+                query, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+            )
+        if torch.is_grad_enabled() and query.requires_grad:
+            result: torch.Tensor = _Inference.apply(query, output)  # type: ignore[no-untyped-call]
+            return result
+        return output
+
+    def get_seq_length(self) -> int:
+        """Return the columns seen, padding included: positions and masks count from here."""
+        return self.num_columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the mask for `query_length` new tokens."""
+        return self.num_columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit but memory."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens."""
+        num_tokens = abs(tokens_to_remove)
+        if num_tokens and self.core is not None:
+            self.core.crop(num_tokens)
+            self.num_columns -= num_tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let row i continue row ``beam_idx[i]``."""
+        if self.core is not None and self.num_columns:
+            self.core.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.core is not None and self.num_columns:
+            rows = torch.arange(self.core.batch_size)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_pending = False
+        self.num_columns = 0
+        if self.core is not None:
+            self.core.reset()
+
+    def offload(self) -> None:
+        """Do nothing: the layer decides itself what lives where."""
+
+    def prefetch(self) -> None:
+        """Do nothing: the layer decides itself what lives where."""
+
+    def stats(self) -> LayerStats | None:
+        """Return the core layer's statistics, None before the first token."""
+        return None if self.core is None else self.core.stats()
