@@ -24,7 +24,7 @@ import torch
 from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["EMBEDDED", "cache_dir", "convert_embedded", "load"]
 
@@ -38,7 +38,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torc
 
 
 def cache_dir() -> Path:
-    """Return the folder for converted models: ``$XDG_CACHE_HOME/icecache`` or ``~/.cache/icecache``."""
+    """Return ``$XDG_CACHE_HOME/icecache`` or ``~/.cache/icecache``, where converted models go."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "icecache"
 
@@ -74,10 +74,7 @@ def load(
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if type(config) not in AutoModelForCausalLM._model_mapping:
-                raise UnsupportedModel(
-                    f"{folder} holds a {config.model_type!r} model, not a causal language model"
-                )
+            _require_causal(config, folder)
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch_dtype, local_files_only=True
             )
@@ -211,6 +208,15 @@ def _check_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"model path must be a folder with a config.json: {folder}")
     return folder
+
+
+def _require_causal(config: "PreTrainedConfig", folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModel(
+            f"{folder} holds a {config.model_type!r} model, not a causal language model"
+        )
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
