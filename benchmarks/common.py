@@ -117,9 +117,7 @@ def prefilled_layer(config: IceCacheConfig, keys: Tensor, values: Tensor) -> Ice
 
 def attend_steps(layer: IceCacheLayer, queries: Tensor, scaling: float) -> Tensor:
     """Attend each query on the state as it is: `[steps, num_q_heads, head_dim]`."""
-    outputs = [
-        layer.attend(query[None, :, None].to(layer.dtype), scaling=scaling) for query in queries
-    ]
+    outputs = [layer.attend(query[None, :, None], scaling=scaling) for query in queries]
     return torch.cat(outputs)[:, :, 0]
 
 

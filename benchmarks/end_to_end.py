@@ -32,6 +32,7 @@ from common import (
     write_json,
 )
 from prompts import Prompt, choose_prompts
+from row_log import Row, RowLog
 from teacher import (
     FullStore,
     IceStore,
@@ -48,11 +49,9 @@ from teacher import (
 from transformers import PreTrainedModel
 
 from icecache import IceCacheConfig
-from icecache.errors import InputError
 from icecache.integrations.embedded import load
 
 METHODS = ("icecache", "topk", "paper", "exact", "full")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,32 +136,6 @@ def _mean_row(rows: list[Row]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "top1")} | {
         "prompts": len(rows)
     }
-
-
-class RowLog:
-    """Rows as JSON lines on disk, prompt by prompt; an interrupted run goes on where it stopped."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self._path = path
-        self.rows: list[Row] = []
-        if path is None:
-            return
-        if path.exists():
-            header, *lines = path.read_text().splitlines()
-            if json.loads(header) != settings:
-                raise InputError(f"{path} holds rows of other settings; give another --out")
-            self.rows = [json.loads(line) for line in lines]
-        else:
-            path.write_text(json.dumps(settings) + "\n")
-
-    def has(self, prompt: Prompt) -> bool:
-        return any((row["task"], row["id"]) == (prompt.task, prompt.id) for row in self.rows)
-
-    def add(self, rows: list[Row]) -> None:
-        self.rows += rows
-        if self._path is not None:
-            with self._path.open("a") as out:
-                out.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(

@@ -76,9 +76,10 @@ def run_model(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[st
             min_new_tokens=options.tokens,
             max_new_tokens=options.tokens,
         )
-        cache = attachment.cache
-        cache.check_integrity()
-        stats = cache.stats()
+        for managed in attachment.cache.managed.values():
+            managed.core.check_integrity()
+        stats = attachment.cache.stats()
+        layers = list(stats.layers.values())
     return {
         "benchmark": "growth_model",
         "model": str(options.model),
@@ -88,8 +89,11 @@ def run_model(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[st
         "environment": environment(),
         "prompt_tokens": token_ids.shape[1],
         "generated": output.shape[1] - token_ids.shape[1],
-        "tokens_held": stats.tokens,
-        "fill": stats.fill,
+        "tokens_held": min(layer.tokens for layer in layers),
+        "tokens_lost": sum(stats.tokens - layer.tokens for layer in layers),
+        "min_fill_grown": min(layer.fill for layer in layers),
+        "mean_fill_grown": sum(layer.fill for layer in layers) / len(layers),
+        "tokens_attended": stats.tokens_attended,
         "sparse_steps": stats.sparse_steps,
         "dense_steps": stats.dense_steps,
         "prefill_s": timer.prefill_seconds,

@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 import end_to_end  # noqa: E402
 import teacher  # noqa: E402
 from prompts import Prompt, choose_prompts  # noqa: E402
+from row_log import RowLog  # noqa: E402
 
 from icecache.errors import InputError  # noqa: E402
 
@@ -105,19 +106,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return fake_row(prompt)
 
     with pytest.raises(KeyboardInterrupt):
-        end_to_end.run(prompts, interrupted, end_to_end.RowLog(path, {"steps": 1}))
+        end_to_end.run(prompts, interrupted, RowLog(path, {"steps": 1}))
     measured = []
 
     def measure(prompt: Prompt) -> list[dict[str, Any]]:
         measured.append(prompt.id)
         return fake_row(prompt)
 
-    report = end_to_end.run(prompts, measure, end_to_end.RowLog(path, {"steps": 1}))
+    report = end_to_end.run(prompts, measure, RowLog(path, {"steps": 1}))
     assert measured == ["1", "2"]
     assert report["mean"]["64"]["topk"]["prompts"] == 3
     assert report["ratio"] == {"64": 1.0}
     with pytest.raises(InputError, match="other settings"):
-        end_to_end.RowLog(path, {"steps": 2})
+        RowLog(path, {"steps": 2})
 
 
 class WordTokenizer:

@@ -16,7 +16,8 @@ def test_report_has_its_fields(kv_folder: Path, kv_shape: Any) -> None:
         assert row["steps"] == kv_shape.decoded
         assert row["layers"] == list(kv_shape.layers)
         assert row["ratio"] == pytest.approx(row["error"] / row["topk_error"])
-        assert row["sparse_steps"] == kv_shape.decoded * len(kv_shape.layers)
+        assert row["sparse_steps"] == (1 + kv_shape.decoded) * len(kv_shape.layers)
+        assert row["dense_steps"] == 0
         assert 0 < row["error"] < 1
     assert report["mean_ratio"].keys() == {"128", "64"}
     assert report["rows"][0]["error"] < report["rows"][1]["error"]

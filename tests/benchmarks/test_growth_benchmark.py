@@ -17,7 +17,7 @@ def check_rows(report: dict[str, Any], start: int, tokens: int) -> None:
         assert row["ratio"] == pytest.approx(row["error"] / row["error_at_once"])
         assert 0 < row["fill_grown"] <= 1
         assert 0 < row["fill_built"] <= 1
-        for part in ("append", "step"):
+        for part in ("append", "step", "step_cpu"):
             assert row[part]["median_ms"] <= row[part]["p99_ms"] <= row[part]["max_ms"]
     assert report["tokens_lost"] == 0
     json.dumps(report)
