@@ -89,7 +89,7 @@ def choose_pages_of_best_tokens(
     best = scores.logits.new_full((rows, heads, pages.numel()), -math.inf)
     index = where[:, None].expand(-1, heads, -1)
     best.scatter_reduce_(2, index, scores.logits, "amax")
-    rank = best.argsort(2, descending=True, stable=True).argsort(2)
+    rank = best.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
     turn = (rank * heads + torch.arange(heads)[None, :, None]).amin(1)
     turn = turn.masked_fill(best[:, 0] == -math.inf, 1 << 40)
     taken = turn.argsort(1)[:, :num_pages]

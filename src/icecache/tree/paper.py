@@ -1,7 +1,7 @@
 """The paper's own pages (arXiv 2604.10539, section 4; M-DCI), to be measured against.
 
 Keys are lifted to the sphere, k' = [k/c, sqrt(1 - |k|^2/c^2)] with c the largest |k|, where the
-nearest neighbour of q' = [q/|q|, 0] is the key of largest inner product. Every hundredth key is
+nearest neighbour of q' = [q/|q|, 0] is the key of largest inner product. Every 33rd key (ratio 0.03) is
 promoted to a parent, each key joins its nearest parent, and a parent's keys, ordered along one
 random direction, are cut into pages three quarters full, as a B+-tree keeps its leaves.
 """
@@ -17,7 +17,7 @@ from icecache.tree.cluster import sort_within
 
 __all__ = ["lift", "paper_leaves"]
 
-_PROMOTION_STRIDE = 100
+_PROMOTION_STRIDE = 33
 
 
 def lift(keys: Tensor) -> Tensor:
