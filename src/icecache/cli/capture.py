@@ -78,12 +78,12 @@ def _recorder(model: "PreTrainedModel") -> Iterator[dict[int, list[Asked]]]:
     asked: dict[int, list[Asked]] = {}
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any
+        module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         if query.shape[2] == 1:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             found = Asked(query[0, :, 0].float(), scaling)
-            asked.setdefault(int(module.layer_idx), []).append(found)
+            asked.setdefault(module.layer_idx, []).append(found)
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, *args, **kwargs)
         return output
 

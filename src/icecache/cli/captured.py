@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from icecache import IceCacheConfig, IceCacheLayer, Phase
+from icecache import IceCacheConfig, IceCacheLayer
 from icecache.cache.indexed import IndexedTokens
 from icecache.cli.capture import Asked, Recording
 from icecache.errors import InputError
@@ -65,8 +65,6 @@ def measure(recording: Recording, config: IceCacheConfig) -> Captured:
     for step, asked in enumerate(recording.asked, start=first):
         new = slice(step, step + 1)
         layer.append(keys[:, :, new].contiguous(), values[:, :, new].contiguous())
-        if layer.phase is not Phase.INDEXED:
-            continue
         share = _attention(asked, keys[0, :, : step + 1])
         ours, maps = _chosen_by(layer, asked, config)
         pages, positional = _positional_choice(asked, keys[0, :, : step + 1], config)
@@ -115,7 +113,7 @@ def _index_of(layer: IceCacheLayer) -> IndexedTokens:
 
 
 def _by_position(pages: Tensor, positions: Tensor) -> Tensor:
-    _, number = pages.unique(return_inverse=True)
+    _, number = torch.unique(pages, return_inverse=True)
     count = torch.bincount(number)
     mean = torch.bincount(number, weights=positions.double()) / count
     return mean.argsort().argsort()[number]

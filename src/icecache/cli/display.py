@@ -1,6 +1,6 @@
 """The terminal: progress of prefill and decode, the streaming answer, the closing table."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -33,7 +33,9 @@ class Display:
             console=self._console,
         )
         self._prefill = self._progress.add_task(f"{name}: prefill", total=tokens)
-        self._decode = self._progress.add_task(f"{name}: decode", total=max_new_tokens, start=False)
+        self._decode = self._progress.add_task(
+            f"{name}: decode", total=max_new_tokens, start=False, visible=max_new_tokens > 0
+        )
         with Live(Group(self._progress, self._text), console=self._console):
             yield self
             # the answer may have ended early
@@ -53,36 +55,33 @@ class Display:
 
 
 def show_comparison(console: Console, result: Comparison) -> None:
-    """Print the closing table and, with two rows, answers and divergence."""
-    table = Table(title=None)
-    for heading in ("", "tokens in context", "attended a step"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for heading in ("KV exact", "summaries", "KV total", "full cache", "prefill", "decode"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        table.add_row(*_cells(row))
+    """Print the closing table, a column for each cache, and what distinguishes the two."""
+    table = Table("", *(row.name for row in result.rows))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, show in _LINES:
+        table.add_row(label, *(show(row) for row in result.rows))
     console.print(table)
-    if len(result.rows) > 1:
-        for row in result.rows:
-            console.print(Text.assemble((f"{row.name}: ", "bold"), row.answer))
-        console.print(
-            f"mean KL(full || IceCache) of next-token distributions: {result.divergence:.2g} nats"
-        )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.name,
-        f"{row.tokens:,}",
-        f"{row.attended:,.0f}",
-        _mib(row.exact_bytes),
-        _mib(row.summary_bytes),
-        _mib(row.total_bytes),
-        _mib(row.full_bytes),
-        f"{row.prefill_s:.1f} s",
-        f"{row.tokens_per_s:.1f} tokens/s",
+    if result.divergence is None:
+        return
+    for row in result.rows:
+        console.print(Text.assemble((f"{row.name}: ", "bold"), row.answer))
+    console.print(
+        f"mean KL(full || IceCache) of next-token distributions: {result.divergence:.2g} nats"
     )
 
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
+
+
+_LINES: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("tokens in context", lambda row: f"{row.tokens:,}"),
+    ("tokens attended a step", lambda row: f"{row.attended:,.0f}"),
+    ("keys and values, exact", lambda row: _mib(row.exact_bytes)),
+    ("summaries", lambda row: _mib(row.summary_bytes)),
+    ("total", lambda row: _mib(row.total_bytes)),
+    ("full cache of the same tokens", lambda row: _mib(row.full_bytes)),
+    ("prefill", lambda row: f"{row.prefill_s:.1f} s"),
+    ("decode", lambda row: f"{row.tokens_per_s:.1f} tokens/s"),
+)

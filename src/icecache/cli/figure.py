@@ -6,6 +6,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from icecache.cli.captured import Captured, PageMap
 from icecache.errors import InputError
@@ -19,7 +20,7 @@ def draw(found: list[Captured], layer: Captured, head: int, title: str, path: Pa
     """Draw mass by layer and head, and the page maps of one KV head of `layer`, as PNG."""
     figure = Figure(figsize=(16, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic(_LAYOUT)
+    axes: dict[str, Axes] = figure.subplot_mosaic(_LAYOUT)
     figure.suptitle(title)
     ours = torch.stack([layer.icecache for layer in found])
     positional = torch.stack([layer.positional for layer in found])
@@ -39,10 +40,10 @@ def draw(found: list[Captured], layer: Captured, head: int, title: str, path: Pa
         raise InputError(f"cannot write the picture to {path}: {error.strerror}") from error
 
 
-def _heat(axes: Axes, mass: torch.Tensor, names: list[int], low: float, title: str):  # type: ignore[no-untyped-def]
+def _heat(axes: Axes, mass: torch.Tensor, names: list[int], low: float, title: str) -> AxesImage:
     image = axes.imshow(mass.numpy(), aspect="auto", vmin=low, vmax=1.0, interpolation="nearest")
     every = max(1, len(names) // 15)
-    axes.set_yticks(range(0, len(names), every), names[::every])
+    axes.set_yticks(range(0, len(names), every), [str(name) for name in names[::every]])
     axes.set(title=f"{title}\nmean {float(mass.mean()):.3f}", xlabel="query head", ylabel="layer")
     return image
 
@@ -69,7 +70,7 @@ def _pages(axes: Axes, pages: PageMap, title: str) -> None:
 
 def _spans(axes: Axes, ours: PageMap, positional: PageMap) -> None:
     spans = [_page_spans(pages).numpy() for pages in (ours, positional)]
-    axes.hist(spans, bins=30, label=["IceCache", "positional"], density=False)
+    axes.hist(spans, bins=30, label=["IceCache", "positional"])
     axes.set(
         title="how far apart the tokens of a page are",
         xlabel="last position - first position",

@@ -53,7 +53,7 @@ def inspect(
     loaded, tokenizer = load(model, dtype)
     console = Console()
     ids = encode(loaded, tokenizer, document, question, steps)
-    with Display(console).run("full cache", ids.shape[1], steps) as shown:
+    with Display(console).run("full cache", ids.shape[1], 0) as shown:
         recordings = record(loaded, ids, steps, shown.advance)
     with torch.inference_mode():
         found = [

@@ -83,7 +83,7 @@ def prefill(
     model: "PreTrainedModel", ids: torch.Tensor, cache: "Cache", advance: Advance
 ) -> torch.Tensor:
     """Run the prompt through the model in chunks; return the last logits, ``[1, vocabulary]``."""
-    for chunk in ids.split(PREFILL_CHUNK, dim=1):
+    for chunk in torch.split(ids, PREFILL_CHUNK, dim=1):
         output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         advance(chunk.shape[1])
     logits: torch.Tensor = output.logits[:, -1]
