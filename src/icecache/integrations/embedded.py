@@ -71,17 +71,19 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    # local files only, and no question on the terminal about code that a folder brings along
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **local)
             _require_causal(config, folder)
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch_dtype, local_files_only=True
+                folder, config=config, dtype=torch_dtype, **local
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         except UnsupportedModel:
             raise
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"no readable model in {folder}: {_first_line(error)}") from error
     return loaded.eval(), tokenizer
 
@@ -211,9 +213,9 @@ def _check_folder(folder: Path) -> Path:
 
 
 def _require_causal(config: "PreTrainedConfig", folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
             f"{folder} holds a {config.model_type!r} model, not a causal language model"
         )
