@@ -67,6 +67,7 @@ class Attachment:
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        _check_prompt(model_kwargs)
         self._prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
@@ -140,6 +141,13 @@ def attach(
         )
     warn_if_nothing_managed(report)
     return Attachment(model, settings)
+
+
+def _check_prompt(model_kwargs: dict[str, Any]) -> None:
+    mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+    is_empty = positions is not None and positions.shape[-1] == 0
+    if is_empty or (mask is not None and not bool(mask.any(dim=-1).all())):
+        raise InputError("every prompt must hold at least one token, got an empty one")
 
 
 def _set_attention(model: PreTrainedModel) -> None:
