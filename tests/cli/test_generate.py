@@ -1,12 +1,17 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 import icecache
 from icecache import IceCacheConfig
+from icecache.cli import session
+from icecache.integrations.embedded import load
 from tests.cli.running import Cli
 
 
@@ -68,6 +73,29 @@ def test_flags_take_names_and_defaults_from_the_config(cli: Cli) -> None:
 def test_version(cli: Cli) -> None:
     result = cli("--version")
     assert (result.code, result.out) == (0, f"icecache {icecache.__version__}\n")
+
+
+def test_prefill_in_chunks_is_the_whole_prompt(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(tiny_model, torch.float32)
+    ids = torch.randint(1000, (1, 100))
+    moved: list[float] = []
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 33)
+    found = session.prefill(model, ids, DynamicCache(config=model.config), moved.append)
+    torch.testing.assert_close(found, model(ids).logits[:, -1])
+    # two layers, four chunks
+    assert len(moved) == 8
+    assert sum(moved) == pytest.approx(100)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_divergence_leaves_the_prefill_out_and_is_not_symmetric() -> None:
+    full = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]]).log()
+    other = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.5, 0.5]]).log()
+    expected = (0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)) / 2
+    assert session.mean_divergence(full, other) == pytest.approx(expected)
+    assert session.mean_divergence(full[:1], other[:1]) == 0.0
 
 
 def test_import_is_light() -> None:

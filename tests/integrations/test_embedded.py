@@ -69,6 +69,23 @@ def test_a_failed_conversion_leaves_nothing(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_readers_never_see_a_part_of_a_conversion(
+    conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(source: Path, folder: Path) -> None:
+        for number in range(300):
+            (folder / f"part-{number}").write_bytes(bytes(1000))
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with ThreadPoolExecutor(1) as pool:
+        conversion = pool.submit(embedded.convert_embedded)
+        seen: list[int] = []
+        while not seen or not conversion.done():
+            seen += [len(list(path.iterdir())) for path in tmp_path.glob("icecache/models/smol*")]
+    assert set(seen) <= {301}
+    assert len(list(conversion.result().iterdir())) == 301
+
+
 def test_concurrent_converters_agree(conversions: list[Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: embedded.convert_embedded(), range(16)))

@@ -43,7 +43,7 @@ class Display:
         if not self._console.is_terminal:
             self._console.line()
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, tokens: float) -> None:
         """Move the prefill bar."""
         self._progress.advance(self._prefill, tokens)
 

@@ -5,6 +5,7 @@ Both `demo` and `generate` use it; it knows nothing of terminals.
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PREFILL_CHUNK", "Run", "decode", "encode", "mean_divergence", "prefill", "replay"]
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 2048
 _PROMPT = (
     "Read the following text.\n\n{document}\n\nAnswer this question in one sentence: {question}"
 )
 
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,20 @@ def encode(
 def prefill(
     model: "PreTrainedModel", ids: torch.Tensor, cache: "Cache", advance: Advance
 ) -> torch.Tensor:
-    """Run the prompt through the model in chunks; return the last logits, ``[1, vocabulary]``."""
+    """Run the prompt through the model in chunks; return the last logits, ``[1, vocabulary]``.
+
+    `advance` hears of every layer that is done with a chunk, in tokens of the whole model.
+    """
+    decoder = model.get_decoder()
+    layers = list(getattr(decoder, "layers", [])) or [decoder]
     for chunk in torch.split(ids, PREFILL_CHUNK, dim=1):
-        output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        advance(chunk.shape[1])
+        share = chunk.shape[1] / len(layers)
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(
+                    layer.register_forward_hook(lambda *_, share=share: advance(share))
+                )
+            output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
