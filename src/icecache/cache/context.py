@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from icecache.attention.attend import Fixed
+from icecache.attention.native import Span
 from icecache.cache.indexed import FlatTokens, IndexedTokens
 from icecache.cache.tail import Tail
 from icecache.config import IceCacheConfig
@@ -101,6 +102,16 @@ class Context:
         moved = sum(leaving) * self._num_kv_heads
         return (0, moved) if built else (moved, 0)
 
+    def spans(self) -> list[Span]:
+        """Return sink and window where they lie; the same tokens as `fixed`."""
+        heads = self._num_kv_heads
+        keys, values, start = self.tail.buffers()
+        sink_start = [0] * (self.batch_size * heads)
+        return [
+            Span(self._sink_keys, self._sink_values, sink_start, _repeat(self._sink_lens, heads)),
+            Span(keys, values, _repeat(start, heads), _repeat(self.tail.lens, heads)),
+        ]
+
     def fixed(self) -> Fixed:
         """Return sink and window, one row per KV head."""
         keys, values = self.tail.keys_values()
@@ -189,3 +200,7 @@ class Context:
             torch.repeat_interleave(per_row),
             torch.cat(positions),
         )
+
+
+def _repeat(items: list[int], times: int) -> list[int]:
+    return [item for item in items for _ in range(times)]

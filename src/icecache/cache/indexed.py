@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
+from icecache.ops.dispatch import resolve_backend
 from icecache.store.placement import RowPages, pack
 from icecache.store.pool import PagePool
 from icecache.tree.build import Leaves, build_leaves
@@ -57,6 +58,7 @@ class IndexedTokens:
         self, config: IceCacheConfig, num_rows: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         self._config = config
+        self._native = resolve_backend(config.backend) == "native"
         self.pool = PagePool(config.page_size, head_dim, dtype)
         self.table = LeafTable(num_rows, head_dim, config.leaf_size)
         self.row_pages = [RowPages(self.pool) for _ in range(num_rows)]
@@ -171,7 +173,7 @@ class IndexedTokens:
 
     def _insert(self, tokens: FlatTokens) -> None:
         """Put each token in its nearest leaf; see `tree.insert` and `_settle_leaf`."""
-        nearest = assign(self.table, tokens.keys.float(), tokens.row)
+        nearest = assign(self.table, tokens.keys.float(), tokens.row, self._native)
         pairs = torch.stack([tokens.row, nearest], 1)
         touched, which = torch.unique(pairs, dim=0, return_inverse=True)
         leaves = [(row, leaf) for row, leaf in touched.tolist()]

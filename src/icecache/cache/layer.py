@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from icecache.attention.attend import SparseStep, attend_sparse
+from icecache.attention.native import attend_native, can_attend
 from icecache.cache.check import check_query, check_tokens
 from icecache.cache.context import Context
 from icecache.cache.stats import LayerStats, Phase
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError
-from icecache.ops.dispatch import ops_for
+from icecache.ops.dispatch import ops_for, resolve_backend
 from icecache.store.memory import check_host_memory
 
 __all__ = ["IceCacheLayer"]
@@ -65,7 +66,8 @@ class IceCacheLayer:
         self.device = torch.device(device)
         if self.device.type != "cpu":
             raise ConfigError(f"device must be cpu in this version, got {self.device}")
-        self._ops = ops_for(config.backend)
+        self._backend = resolve_backend(config.backend)
+        self._ops = ops_for(self._backend)
         self._counters = _Counters()
         self.reset()
 
@@ -189,8 +191,8 @@ class IceCacheLayer:
         if num_queries == 1:
             self._settle(self.config.window)
             if self._context.indexed is not None:
-                step = self.step(query, scaling, softcap, sink_logits)
-                return step.out.view(query.shape).to(query.dtype)
+                attended = self._attend_sparse(query, scaling, softcap, sink_logits)
+                return attended.view(query.shape).to(query.dtype)
         self._counters.dense_steps += 1
         dense = self._context.dense()
         self._counters.tokens_attended = float(self.num_tokens)
@@ -200,38 +202,68 @@ class IceCacheLayer:
             self._settle(self.config.window + kept)
         return out.to(query.dtype)
 
-    def step(
+    def inspect(
         self,
         query: Tensor,
-        scaling: float,
+        *,
+        scaling: float | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> SparseStep:
-        """Run one sparse step and return all it did; `attend` without checks, for inspection.
+        """Return all that a sparse step would do for a query; counts nothing.
 
-        query: shape [batch, num_q_heads, 1, head_dim]; the layer must be ``INDEXED``.
+        Arguments as in `attend`, one query token; the layer must be ``INDEXED``.
         """
-        context = self._context
-        assert context is not None and context.indexed is not None
-        rows = self.batch_size * self.num_kv_heads
-        grouped = query.reshape(rows, -1, self.head_dim).float()
-        if sink_logits is not None:
-            sink_logits = sink_logits.view(1, -1).expand(self.batch_size, -1).reshape(rows, -1)
-        result = attend_sparse(
-            grouped,
-            context.fixed(),
-            context.indexed.table,
-            context.indexed.pool,
+        if self._context is None or self._context.indexed is None:
+            raise InputError(f"inspect needs an indexed context, the layer is {self.phase.value}")
+        check_query(
+            query, batch=self.batch_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        self._settle(self.config.window)
+        return attend_sparse(
+            self._group(query),
+            self._context.fixed(),
+            self._context.indexed.table,
+            self._context.indexed.pool,
             self.config,
             self._ops,
-            scaling,
+            self.head_dim**-0.5 if scaling is None else scaling,
             softcap,
-            sink_logits,
+            self._group_sinks(sink_logits),
         )
-        self._counters.sparse_steps += 1
-        self._counters.leaves_scored += result.num_scored
-        self._counters.tokens_attended = float(result.num_attended.double().mean())
-        return result
+
+    def _attend_sparse(
+        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> Tensor:
+        context, counters = self._context, self._counters
+        assert context is not None and context.indexed is not None
+        table, pool = context.indexed.table, context.indexed.pool
+        grouped, sinks = self._group(query), self._group_sinks(sink_logits)
+        if self._backend == "native" and can_attend(self.config, grouped.shape[1], self.dtype):
+            out, num_attended = attend_native(
+                grouped, context.spans(), table, pool, self.config, scaling, softcap, sinks
+            )
+            counters.leaves_scored += sum(table.num_leaves)
+        else:
+            fixed = context.fixed()
+            step = attend_sparse(
+                grouped, fixed, table, pool, self.config, self._ops, scaling, softcap, sinks
+            )
+            out, num_attended = step.out, step.num_attended
+            counters.leaves_scored += step.num_scored
+        counters.sparse_steps += 1
+        counters.tokens_attended = float(num_attended.double().mean())
+        return out
+
+    def _group(self, query: Tensor) -> Tensor:
+        rows = self.batch_size * self.num_kv_heads
+        return query.reshape(rows, -1, self.head_dim).float().contiguous()
+
+    def _group_sinks(self, sink_logits: Tensor | None) -> Tensor | None:
+        if sink_logits is None:
+            return None
+        repeated = sink_logits.view(1, -1).expand(self.batch_size, -1)
+        return repeated.reshape(self.batch_size * self.num_kv_heads, -1)
 
     def crop(self, num_tokens: int) -> None:
         """Drop the latest tokens of every row.
@@ -306,6 +338,7 @@ class IceCacheLayer:
             built=counters.built,
             leaves_scored=counters.leaves_scored,
             tokens_attended=counters.tokens_attended,
+            backend=self._backend,
         )
 
     def check_integrity(self) -> None:

@@ -44,6 +44,8 @@ class LayerStats:
         Leaves scored by all sparse steps, over all rows.
     tokens_attended : float
         Tokens attended exactly in the last step with one query token, mean over rows.
+    backend : str
+        Which ops run: ``"native"``, ``"torch"`` or ``"reference"``.
     """
 
     phase: Phase
@@ -62,3 +64,4 @@ class LayerStats:
     built: int
     leaves_scored: int
     tokens_attended: float
+    backend: str

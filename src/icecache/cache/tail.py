@@ -49,6 +49,10 @@ class Tail:
         start = self._end - self.longest
         return self._keys[:, :, start : self._end], self._values[:, :, start : self._end]
 
+    def buffers(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Return keys and values with their spare room, and each row's first token in them."""
+        return self._keys, self._values, [self._end - length for length in self.lens]
+
     def valid(self) -> Tensor:
         """Return which of `keys_values` are a row's own, shape [batch, longest], bool."""
         back = torch.arange(self.longest, 0, -1)

@@ -3,17 +3,26 @@
 from types import ModuleType
 
 from icecache.errors import ConfigError
-from icecache.ops import batched, reference
+from icecache.ops import batched, native, reference
 
-__all__ = ["ops_for"]
+__all__ = ["ops_for", "resolve_backend"]
+
+
+def resolve_backend(backend: str) -> str:
+    """Return ``"native"``, ``"torch"`` or ``"reference"``.
+
+    ``"auto"`` is ``"native"`` where the compiled ops are installed and ``"torch"`` elsewhere;
+    ``"native"`` raises `BackendUnavailable` where they are not.
+    """
+    if backend == "auto":
+        return "native" if native.is_built() else "torch"
+    if backend == "native":
+        native.load()
+    elif backend not in ("torch", "reference"):
+        raise ConfigError(f"backend must be one of auto, native, torch, reference, got {backend!r}")
+    return backend
 
 
 def ops_for(backend: str) -> ModuleType:
-    """Return the ops module of a backend: ``"auto"`` and ``"torch"`` the batched one,
-    ``"reference"`` the truth.
-    """
-    if backend in ("auto", "torch"):
-        return batched
-    if backend == "reference":
-        return reference
-    raise ConfigError(f"backend must be one of auto, torch, reference, got {backend!r}")
+    """Return the module of the ops that a resolved backend does not fuse."""
+    return reference if backend == "reference" else batched

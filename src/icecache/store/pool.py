@@ -45,6 +45,11 @@ class PagePool:
         return self._data.dtype
 
     @property
+    def address(self) -> int:
+        """Address of the first page, for the compiled ops; valid until the pool grows."""
+        return self._data.data_ptr()
+
+    @property
     def num_pages(self) -> int:
         """Pages in use."""
         return self._holders.shape[0] - len(self._free)

@@ -1,11 +1,13 @@
 """Insert: each token joins its nearest leaf, and a leaf that grows too large is cut in two."""
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from icecache.ops.batched import nearest_leaf
+from icecache.ops.native import Shape, load, pointer
 from icecache.tree.cluster import split_oversized
 from icecache.tree.table import LeafTable
 
@@ -27,11 +29,14 @@ class Pieces(NamedTuple):
     leaf: Tensor
 
 
-def assign(table: LeafTable, keys: Tensor, row: Tensor) -> Tensor:
+def assign(table: LeafTable, keys: Tensor, row: Tensor, native: bool) -> Tensor:
     """Return the nearest leaf of each key in its row, `NO_LEAF` where the row has none.
 
-    keys: shape [tokens, head_dim], float32; row: shape [tokens], int64, rising.
+    keys: shape [tokens, head_dim], float32; row: shape [tokens], int64, rising; native: by the
+    compiled op.
     """
+    if native:
+        return _assign_native(table, keys.contiguous(), row)
     counts = torch.bincount(row, minlength=table.num_rows)
     starts = counts.cumsum(0) - counts
     column = torch.arange(row.shape[0]) - starts[row]
@@ -43,6 +48,23 @@ def assign(table: LeafTable, keys: Tensor, row: Tensor) -> Tensor:
     nearest = nearest_leaf(padded, leaves.key_mean, leaves.key_scale, leaves.count)
     has_leaves = torch.tensor([num > 0 for num in table.num_leaves])
     return torch.where(has_leaves[row], nearest[row, column], NO_LEAF)
+
+
+def _assign_native(table: LeafTable, keys: Tensor, row: Tensor) -> Tensor:
+    leaves, num_leaves = table.native_leaves()
+    shape = Shape(rows=num_leaves.numel(), dim=keys.shape[1], capacity=table.capacity)
+    nearest = torch.empty_like(row)
+    failed = load().icecache_nearest_leaf(
+        ctypes.byref(shape),
+        ctypes.byref(leaves),
+        pointer(keys),
+        pointer(row),
+        row.numel(),
+        pointer(nearest),
+    )
+    if failed:
+        raise MemoryError("no memory for the scratch of a search")
+    return nearest
 
 
 def cut(keys: Tensor, leaf: Tensor, num_leaves: int, leaf_size: int) -> Pieces:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from icecache.errors import IntegrityError
 from icecache.ops.batched import quantize_rows, summarize
+from icecache.ops.native import Leaves as NativeLeaves
+from icecache.ops.native import pointer
 
 __all__ = ["NO_SLOT", "LeafTable", "LeafView"]
 
@@ -61,6 +63,20 @@ class LeafTable:
     def leaf_bytes(self) -> int:
         """Bytes of one leaf, summary and slots."""
         return sum(a.element_size() * a.shape[2:].numel() for a in self._arrays.values())
+
+    @property
+    def capacity(self) -> int:
+        """Leaves a row has room for."""
+        return self._arrays["count"].shape[1]
+
+    def native_leaves(self) -> tuple[NativeLeaves, Tensor]:
+        """Return the arrays' addresses for the compiled ops, and the tensor of rows' lengths.
+
+        Valid until the next `add`, `reserve` or `reorder`, and while the tensor is held.
+        """
+        num_leaves = torch.tensor(self.num_leaves, dtype=torch.int32)
+        arrays = {name: pointer(self._arrays[name]) for name, _ in NativeLeaves._fields_[1:]}
+        return NativeLeaves(num_leaves=pointer(num_leaves), **arrays), num_leaves
 
     def view(self) -> LeafView:
         """Return the summaries up to the longest row."""

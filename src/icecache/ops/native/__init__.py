@@ -1,0 +1,111 @@
+"""The compiled ops: step.c through ctypes.
+
+Built at installation where there is a C compiler. `load` says clearly where it is not.
+"""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from icecache.errors import BackendUnavailable
+
+__all__ = ["DTYPES", "MAX_HEADS", "Leaves", "Segment", "Shape", "is_built", "load", "pointer"]
+
+MAX_HEADS = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of step.c."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "heads", "dim", "leaf_size", "page_size")),
+        *((name, c_int64) for name in ("capacity", "room")),
+        *((name, c_int32) for name in ("dtype", "remainder")),
+        *((name, c_float) for name in ("scaling", "softcap", "spread_weight")),
+    ]
+
+
+class Leaves(ctypes.Structure):
+    """`Leaves` of step.c."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            "num_leaves",
+            "count",
+            "spread",
+            "key_mean",
+            "key_scale",
+            "value_mean",
+            "value_scale",
+            "page",
+            "slots",
+        )
+    ]
+
+
+class Segment(ctypes.Structure):
+    """`Segment` of step.c."""
+
+    _fields_ = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("row_stride", c_int64),
+        ("start", c_void_p),
+        ("len", c_void_p),
+    ]
+
+
+def is_built() -> bool:
+    """Whether the compiled ops are installed."""
+    return _library_path() is not None
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """Return the library; `BackendUnavailable` where it was not built."""
+    path = _library_path()
+    if path is None:
+        raise BackendUnavailable(
+            'backend="native" needs the compiled ops: install a C compiler and run '
+            "pip install --force-reinstall --no-deps icecache"
+        )
+    library = ctypes.CDLL(str(path))
+    library.icecache_sparse_step.argtypes = [
+        POINTER(Shape),
+        POINTER(Leaves),
+        c_void_p,
+        POINTER(Segment),
+        c_int64,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+    ]
+    library.icecache_sparse_step.restype = c_int
+    library.icecache_nearest_leaf.argtypes = [
+        POINTER(Shape),
+        POINTER(Leaves),
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_void_p,
+    ]
+    library.icecache_nearest_leaf.restype = c_int
+    return library
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Return the address of a tensor's first element, None of None."""
+    return None if x is None else x.data_ptr()
+
+
+def _library_path() -> Path | None:
+    spec = find_spec("icecache.ops._native")
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
