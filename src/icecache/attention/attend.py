@@ -134,6 +134,8 @@ def _choose_exactly(
         page = all_tokens // pool.page_size
         num_pages = room // pool.page_size
         choice = choose_pages_of_best_tokens(scores, page, fixed_lse, num_pages)
+        fits = real.sum(1, keepdim=True) <= room
+        choice = choice._replace(chosen=choice.chosen | (real & fits))
     return choice, *_compact(all_tokens, choice.chosen)
 
 

@@ -7,6 +7,7 @@ that it costs. A leaf of equal keys is estimated without error and is never wort
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def choose_leaves(
     fixed: Tensor,
     room: int,
     remainder: bool,
-    choose_within,  # type: ignore[no-untyped-def]
+    choose_within: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Choice:
     """Choose leaves within `room` tokens.
 

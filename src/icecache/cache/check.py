@@ -1,11 +1,13 @@
 """What a layer demands of the tensors it is given."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from icecache.errors import InputError
 
-__all__ = ["check_mask", "check_query", "check_tokens"]
+__all__ = ["check_query", "check_rows", "check_tokens"]
 
 
 def check_tokens(
@@ -21,6 +23,7 @@ def check_tokens(
 ) -> None:
     """Raise `InputError` unless keys and values may be stored."""
     for name, x in (("keys", keys), ("values", values)):
+        _check_tensor(name, x)
         if x.dim() != 4:
             raise InputError(
                 f"{name} must be [batch, num_kv_heads, tokens, head_dim], got {_shape(x)}"
@@ -42,24 +45,37 @@ def check_tokens(
             f"batch must stay {batch} until reset() or reorder(), got {keys.shape[0]} rows"
         )
     if mask is not None:
-        check_mask(mask, keys.shape[0], keys.shape[2])
+        _check_mask(mask, keys.shape[0], keys.shape[2])
     for name, x in (("keys", keys), ("values", values)):
         seen = x if mask is None else x.masked_fill(~mask[:, None, :, None], 0.0)
-        # a sum is finite only if all its parts are, and costs one pass
-        if not bool(torch.isfinite(seen.sum(dtype=torch.float64))):
-            raise InputError(f"{name} must be finite, got NaN or infinity")
+        _check_finite(name, seen)
 
 
-def check_mask(mask: Tensor, batch: int, tokens: int) -> None:
-    """Raise `InputError` unless the mask fits the tokens."""
+def _check_mask(mask: Tensor, batch: int, tokens: int) -> None:
+    """Raise `InputError` unless the mask fits the tokens and pads on the left."""
+    _check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise InputError(f"mask must be torch.bool, True = token, got {mask.dtype}")
     if mask.shape != (batch, tokens):
         raise InputError(f"mask must be [batch, tokens] = {(batch, tokens)}, got {_shape(mask)}")
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise InputError("mask must be padded on the left, got padding behind a token")
 
 
-def check_query(query: Tensor, *, batch: int, num_kv_heads: int, head_dim: int) -> None:
-    """Raise `InputError` unless the query fits the stored keys."""
+def check_query(
+    query: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    *,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise `InputError` unless the query fits the stored keys, and its settings make sense."""
+    _check_tensor("query", query)
     if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim:
         raise InputError(
             f"query must be [{batch}, num_q_heads, q_tokens, {head_dim}], got {_shape(query)}"
@@ -70,6 +86,42 @@ def check_query(query: Tensor, *, batch: int, num_kv_heads: int, head_dim: int) 
         )
     if query.shape[2] == 0:
         raise InputError(f"query must have at least one token, got {_shape(query)}")
+    if query.dtype != dtype or query.device.type != device.type:
+        raise InputError(f"query must be {dtype} on {device}, got {query.dtype} on {query.device}")
+    _check_finite("query", query)
+    if not math.isfinite(scaling):
+        raise InputError(f"scaling must be finite, got {scaling}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise InputError(f"softcap must be a positive number or None, got {softcap}")
+    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
+        raise InputError(
+            f"sink_logits must be [num_q_heads] = ({query.shape[1]},), got {_shape(sink_logits)}"
+        )
+
+
+def check_rows(rows: Tensor, batch: int) -> None:
+    """Raise `InputError` unless `rows` names rows of the batch."""
+    _check_tensor("rows", rows)
+    if rows.dim() != 1 or rows.numel() == 0 or rows.dtype not in _INTEGER_TYPES:
+        raise InputError(
+            f"rows must be a vector of integers, got {rows.dtype} of shape {_shape(rows)}"
+        )
+    if batch and (int(rows.min()) < 0 or int(rows.max()) >= batch):
+        raise InputError(f"rows must be from 0 to {batch - 1}, got {rows.tolist()}")
+
+
+_INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    # a sum is finite only if all its parts are, and costs one pass
+    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+        raise InputError(f"{name} must be finite, got NaN or infinity")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -79,6 +79,12 @@ class Context:
         """Bytes of the summaries and of where tokens are."""
         return 0 if self.indexed is None else self.indexed.table.nbytes
 
+    @property
+    def full_cache_bytes(self) -> int:
+        """Bytes of the same tokens' keys and values in a full cache."""
+        _, heads, _, dim = self._sink_keys.shape
+        return 2 * sum(self.row_lens) * heads * dim * self._sink_keys.element_size()
+
     def settle(self, keep: int) -> tuple[int, int]:
         """Move all but the latest `keep` tokens out of the tail, once the budget is passed.
 
@@ -91,6 +97,7 @@ class Context:
             if max(self.tail.lens) <= self._config.budget:
                 return 0, 0
             self._start_index()
+        self._fill_sink([max(0, length - keep) for length in self.tail.lens])
         leaving = [max(0, length - keep) for length in self.tail.lens]
         if not any(leaving):
             return 0, 0
@@ -168,22 +175,27 @@ class Context:
         return slot[None] < torch.tensor(self._sink_lens)[:, None]
 
     def _start_index(self) -> None:
-        lens = self.tail.lens
-        self._sink_lens = [min(self._config.sink, length) for length in lens]
         shape = list(self._sink_keys.shape)
         shape[2] = self._config.sink
-        self._sink_keys, self._sink_values = (
-            self._sink_keys.new_zeros(shape),
-            self._sink_values.new_zeros(shape),
-        )
-        for row, length in enumerate(self._sink_lens):
-            keys, values = self.tail.oldest(row, length)
-            self._sink_keys[row, :, :length] = keys
-            self._sink_values[row, :, :length] = values
-        self.tail.drop_oldest(self._sink_lens)
+        self._sink_keys = self._sink_keys.new_zeros(shape)
+        self._sink_values = self._sink_values.new_zeros(shape)
         num_rows = self.batch_size * self._num_kv_heads
-        dim, dtype = self._sink_keys.shape[3], self._sink_keys.dtype
+        dim, dtype = shape[3], self._sink_keys.dtype
         self.indexed = IndexedTokens(self._config, num_rows, dim, dtype)
+
+    def _fill_sink(self, leaving: list[int]) -> None:
+        """A row's first tokens to leave the tail are its sink, whenever that is."""
+        sink = self._config.sink
+        grow = [min(n, sink - have) for n, have in zip(leaving, self._sink_lens, strict=True)]
+        if not any(grow):
+            return
+        for row, num in enumerate(grow):
+            span = slice(self._sink_lens[row], self._sink_lens[row] + num)
+            self._sink_keys[row, :, span], self._sink_values[row, :, span] = self.tail.oldest(
+                row, num
+            )
+            self._sink_lens[row] += num
+        self.tail.drop_oldest(grow)
 
     def _flatten(self, leaving: list[int]) -> FlatTokens:
         heads = self._num_kv_heads

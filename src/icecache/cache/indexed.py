@@ -118,7 +118,9 @@ class IndexedTokens:
         make = paper_leaves if config.selection == "paper" else build_leaves
         leaves = make(tokens.keys.float(), per_row, config)
         page, slot = self._lay_out(leaves)
-        self.pool.write(page * config.page_size + slot, tokens.keys, tokens.values, tokens.positions)
+        self.pool.write(
+            page * config.page_size + slot, tokens.keys, tokens.values, tokens.positions
+        )
         num = sum(leaves.per_row)
         row = torch.repeat_interleave(torch.tensor(leaves.per_row))
         leaf = self._open_leaves(leaves.per_row)
@@ -155,8 +157,8 @@ class IndexedTokens:
             free = [page_size] * num_pages
             for p, size in zip(packed, sizes[span], strict=True):
                 free[p] -= size
-            for p, page in enumerate(pages):
-                self.row_pages[row].hold(page, free[p])
+            for number, left in zip(pages, free, strict=True):
+                self.row_pages[row].hold(number, left)
             first += num
         page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
         slot = torch.empty_like(page)

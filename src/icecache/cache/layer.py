@@ -5,22 +5,15 @@ from torch import Tensor
 
 from icecache.attention.attend import SparseStep, attend_sparse
 from icecache.attention.native import attend_native, can_attend
-from icecache.cache.check import check_query, check_tokens
+from icecache.cache.check import check_query, check_rows, check_tokens
 from icecache.cache.context import Context
-from icecache.cache.stats import LayerStats, Phase
+from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError
 from icecache.ops.dispatch import ops_for, resolve_backend
-from icecache.store.memory import check_host_memory
+from icecache.store.memory import check_host_limit, check_host_memory
 
 __all__ = ["IceCacheLayer"]
-
-class _Counters:
-    def __init__(self) -> None:
-        self.sparse_steps = self.dense_steps = 0
-        self.inserted = self.built = 0
-        self.leaves_scored = 0
-        self.tokens_attended = 0.0
 
 
 class IceCacheLayer:
@@ -68,8 +61,10 @@ class IceCacheLayer:
             raise ConfigError(f"device must be cpu in this version, got {self.device}")
         self._backend = resolve_backend(config.backend)
         self._ops = ops_for(self._backend)
-        self._counters = _Counters()
-        self.reset()
+        self._counters = Counters()
+        self._context: Context | None = None
+        self._counters = Counters()
+        self._unsettled = 0
 
     @property
     def phase(self) -> Phase:
@@ -111,11 +106,12 @@ class IceCacheLayer:
         """
         self.append(keys, values, mask)
 
+    @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in new tokens; the oldest of the window leave it into the tree.
 
-        Arguments and errors as in `prefill`. Of the latest call's tokens up to `config.draft`
-        can be taken back by `crop`.
+        Arguments and errors as in `prefill`. Of several tokens up to `config.draft` can be taken
+        back by `crop`, until the next call of `append` or of `attend` with one query token.
         """
         check_tokens(
             keys,
@@ -132,10 +128,11 @@ class IceCacheLayer:
         batch, _, num_new, _ = keys.shape
         if mask is not None and self._context is None and not bool(mask.any(1).all()):
             raise InputError("mask must leave every row at least one token")
-        # only calls of some size ask: the question itself costs a system call
+        needed = self.estimate_bytes(batch, num_new)
+        check_host_limit(needed, self._held_bytes(), self.config.max_host_memory)
+        # only calls of some size ask the system: the question itself takes time
         if num_new > self.config.draft:
-            needed = self.estimate_bytes(batch, num_new)
-            check_host_memory(needed, self._held_bytes(), self.config.max_host_memory)
+            check_host_memory(needed)
         if self._context is None:
             shape = (batch, self.num_kv_heads, self.head_dim)
             self._context = Context(self.config, *shape, self.dtype)
@@ -146,6 +143,7 @@ class IceCacheLayer:
         if num_new == 1:
             self._settle(self.config.window)
 
+    @torch.no_grad()
     def attend(
         self,
         query: Tensor,
@@ -179,15 +177,13 @@ class IceCacheLayer:
         """
         if self._context is None or self.num_tokens == 0:
             raise InputError("attend needs tokens: call prefill or append first")
-        check_query(
-            query, batch=self.batch_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        scaling = self.head_dim**-0.5 if scaling is None else scaling
+        self._check_query(query, scaling, softcap, sink_logits)
         num_queries = query.shape[2]
         if num_queries > max(1, self._unsettled):
             raise InputError(
                 f"query has {num_queries} tokens, the latest call gave {self._unsettled}"
             )
-        scaling = self.head_dim**-0.5 if scaling is None else scaling
         if num_queries == 1:
             self._settle(self.config.window)
             if self._context.indexed is not None:
@@ -198,10 +194,10 @@ class IceCacheLayer:
         self._counters.tokens_attended = float(self.num_tokens)
         out: Tensor = self._ops.attend_dense(query, *dense, scaling, softcap, sink_logits)
         if num_queries > 1:
-            kept = num_queries - 1 if num_queries <= self.config.draft else 0
-            self._settle(self.config.window + kept)
+            self._settle(self.config.window + min(num_queries, self.config.draft))
         return out.to(query.dtype)
 
+    @torch.no_grad()
     def inspect(
         self,
         query: Tensor,
@@ -216,9 +212,8 @@ class IceCacheLayer:
         """
         if self._context is None or self._context.indexed is None:
             raise InputError(f"inspect needs an indexed context, the layer is {self.phase.value}")
-        check_query(
-            query, batch=self.batch_size, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        scaling = self.head_dim**-0.5 if scaling is None else scaling
+        self._check_query(query, scaling, softcap, sink_logits)
         self._settle(self.config.window)
         return attend_sparse(
             self._group(query),
@@ -227,7 +222,7 @@ class IceCacheLayer:
             self._context.indexed.pool,
             self.config,
             self._ops,
-            self.head_dim**-0.5 if scaling is None else scaling,
+            scaling,
             softcap,
             self._group_sinks(sink_logits),
         )
@@ -255,6 +250,21 @@ class IceCacheLayer:
         counters.tokens_attended = float(num_attended.double().mean())
         return out
 
+    def _check_query(
+        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> None:
+        check_query(
+            query,
+            scaling,
+            softcap,
+            sink_logits,
+            batch=self.batch_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def _group(self, query: Tensor) -> Tensor:
         rows = self.batch_size * self.num_kv_heads
         return query.reshape(rows, -1, self.head_dim).float().contiguous()
@@ -278,6 +288,8 @@ class IceCacheLayer:
         InputError
             If it is negative or reaches below the window; nothing has changed then.
         """
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+            raise InputError(f"crop must be an integer, got {num_tokens!r}")
         held = min(self._context.tail.lens) if self._context is not None else 0
         if not 0 <= num_tokens <= held:
             raise InputError(
@@ -287,69 +299,37 @@ class IceCacheLayer:
             self._context.tail.drop_latest(num_tokens)
             self._unsettled = max(0, self._unsettled - num_tokens)
 
+    @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows in a new order, repeated or dropped (beam search).
 
         rows: shape [new_batch], integer. Repeated rows share their pages until they write.
         """
-        if rows.dim() != 1 or rows.numel() == 0 or rows.is_floating_point():
-            raise InputError(f"rows must be a vector of integers, got shape {tuple(rows.shape)}")
-        if self._context is None:
-            return
+        check_rows(rows, self.batch_size)
         rows = rows.long().cpu()
-        if int(rows.min()) < 0 or int(rows.max()) >= self.batch_size:
-            raise InputError(f"rows must be from 0 to {self.batch_size - 1}, got {rows.tolist()}")
-        if rows.tolist() != list(range(self.batch_size)):
+        if self._context is not None and rows.tolist() != list(range(self.batch_size)):
             self._context.reorder(rows)
 
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""
-        self._context: Context | None = None
-        self._counters = _Counters()
+        self._context = None
+        self._counters = Counters()
         self._unsettled = 0
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
         """Return the host bytes that so many more tokens take, pages and index."""
-        kv = self._token_bytes + 4
+        kv = 2 * self.head_dim * self.dtype.itemsize + 4
         index = (2 * self.head_dim + 32 + self.config.leaf_size) / self.config.leaf_target
         return int(batch * self.num_kv_heads * tokens * (1.1 * kv + index))
 
     def stats(self) -> LayerStats:
         """Return what the layer holds and what it has done."""
-        context, counters = self._context, self._counters
-        indexed = None if context is None else context.indexed
-        kv_bytes = 0 if context is None else context.kv_bytes
-        index_bytes = 0 if context is None else context.index_bytes
-        slots = 0 if indexed is None else indexed.pool.num_pages * self.config.page_size
-        return LayerStats(
-            phase=self.phase,
-            tokens=self.num_tokens,
-            pages=0 if indexed is None else indexed.pool.num_pages,
-            leaves=0 if indexed is None else sum(indexed.table.num_leaves),
-            fill=indexed.pool.num_tokens / slots if indexed is not None and slots else 1.0,
-            kv_bytes=kv_bytes,
-            index_bytes=index_bytes,
-            device_bytes=0,
-            host_bytes=kv_bytes + index_bytes,
-            full_cache_bytes=sum(self.row_lens) * self.num_kv_heads * self._token_bytes,
-            sparse_steps=counters.sparse_steps,
-            dense_steps=counters.dense_steps,
-            inserted=counters.inserted,
-            built=counters.built,
-            leaves_scored=counters.leaves_scored,
-            tokens_attended=counters.tokens_attended,
-            backend=self._backend,
-        )
+        return layer_stats(self._context, self._counters, self.phase, self._backend)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every token is in exactly one place, summaries true."""
         if self._context is not None:
-            self._settle(self.config.window + self.config.draft)
             self._context.check_integrity()
-
-    @property
-    def _token_bytes(self) -> int:
-        return 2 * self.head_dim * torch.empty(0, dtype=self.dtype).element_size()
 
     def _held_bytes(self) -> int:
         if self._context is None:

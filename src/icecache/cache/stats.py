@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["LayerStats", "Phase"]
+from icecache.cache.context import Context
+
+__all__ = ["Counters", "LayerStats", "Phase", "layer_stats"]
 
 
 class Phase(Enum):
@@ -21,7 +23,8 @@ class LayerStats:
     Attributes
     ----------
     phase : Phase
-        ``DENSE`` until the context passes the budget, ``INDEXED`` from then on.
+        ``DENSE`` until the context passes the budget, ``INDEXED`` from then on; a prompt is
+        indexed when it is first attended or extended.
     tokens : int
         Tokens of the longest batch row, padding not counted.
     pages, leaves : int
@@ -65,3 +68,44 @@ class LayerStats:
     leaves_scored: int
     tokens_attended: float
     backend: str
+
+
+@dataclass(slots=True)
+class Counters:
+    """The work of a layer so far; fields as in `LayerStats`."""
+
+    sparse_steps: int = 0
+    dense_steps: int = 0
+    inserted: int = 0
+    built: int = 0
+    leaves_scored: int = 0
+    tokens_attended: float = 0.0
+
+
+def layer_stats(
+    context: Context | None, counters: Counters, phase: Phase, backend: str
+) -> LayerStats:
+    """Put together what a layer holds and what it has done."""
+    indexed = None if context is None else context.indexed
+    kv_bytes = 0 if context is None else context.kv_bytes
+    index_bytes = 0 if context is None else context.index_bytes
+    slots = 0 if indexed is None else indexed.pool.num_pages * indexed.pool.page_size
+    return LayerStats(
+        phase=phase,
+        tokens=0 if context is None else max(context.row_lens),
+        pages=0 if indexed is None else indexed.pool.num_pages,
+        leaves=0 if indexed is None else sum(indexed.table.num_leaves),
+        fill=indexed.pool.num_tokens / slots if indexed is not None and slots else 1.0,
+        kv_bytes=kv_bytes,
+        index_bytes=index_bytes,
+        device_bytes=0,
+        host_bytes=kv_bytes + index_bytes,
+        full_cache_bytes=0 if context is None else context.full_cache_bytes,
+        sparse_steps=counters.sparse_steps,
+        dense_steps=counters.dense_steps,
+        inserted=counters.inserted,
+        built=counters.built,
+        leaves_scored=counters.leaves_scored,
+        tokens_attended=counters.tokens_attended,
+        backend=backend,
+    )

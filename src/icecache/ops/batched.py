@@ -81,7 +81,15 @@ def choose_within(priority: Tensor, size: Tensor, room: int) -> Tensor:
     out the one that ended it, so the result equals going through them one by one.
     """
     width = min(priority.shape[1], max(room, 0))
-    best, candidates = priority.topk(width, dim=1)
+    if width == 0:
+        return torch.zeros(priority.shape, dtype=torch.bool)
+    # topk alone breaks ties by how long the row is; the first of equals must win
+    edge = priority.topk(width, dim=1).values[:, -1:]
+    above, tied = priority > edge, priority == edge
+    kept = above | (tied & (tied.cumsum(1) <= width - above.sum(1, keepdim=True)))
+    candidates = kept.nonzero()[:, 1].view(priority.shape[0], width)
+    best, order = priority.gather(1, candidates).sort(dim=1, descending=True, stable=True)
+    candidates = candidates.gather(1, order)
     sizes = size.gather(1, candidates).long()
     open_ = best >= 0
     taken = torch.zeros_like(open_)
@@ -133,7 +141,7 @@ def attend_parts(
 
     Returns
     -------
-    Tensor, shape [rows, heads, dim], float32
+    Tensor, shape [rows, heads, dim], float32; 0 where a head sees nothing
     """
     num_exact = keys.shape[1]
     logits = torch.bmm(query, keys.float().transpose(1, 2)) * scaling
@@ -144,7 +152,9 @@ def attend_parts(
         parts.append(remainder_logits)
     if sink_logits is not None:
         parts.append(sink_logits.float()[..., None])
-    share = torch.softmax(torch.cat(parts, -1), -1)
+    joined = torch.cat(parts, -1)
+    blind = (joined == -math.inf).all(-1, keepdim=True)
+    share = torch.softmax(joined.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
     out = torch.bmm(share[..., :num_exact], values.float())
     if remainder_logits is not None and value_mean is not None and value_scale is not None:
         rest = share[..., num_exact : num_exact + remainder_logits.shape[2]]
@@ -161,7 +171,7 @@ def attend_dense(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Attend causally; the queries are the last tokens of the keys.
+    """Attend causally; the queries are the last tokens of each row.
 
     Parameters
     ----------
@@ -187,15 +197,22 @@ def attend_dense(
     blocks = []
     for start in range(0, num_queries, _QUERY_BLOCK):
         block = query[:, :, start : start + _QUERY_BLOCK]
-        last = num_keys - num_queries + start + torch.arange(block.shape[2])
-        seen = (torch.arange(num_keys)[None] <= last[:, None])[None, None]
-        if valid is not None:
-            seen = seen & valid[:, None, None]
+        seen = _seen(valid, num_keys, num_queries, start + torch.arange(block.shape[2]))
         if softcap is None and sink_logits is None:
             blocks.append(_attend_masked(block, keys, values, seen, scaling))
         else:
             blocks.append(_attend_capped(block, keys, values, seen, scaling, softcap, sink_logits))
     return torch.cat(blocks, 2)
+
+
+def _seen(valid: Tensor | None, num_keys: int, num_queries: int, query: Tensor) -> Tensor:
+    """Return which keys queries may see, [batch or 1, 1, queries, keys]; rows count their own."""
+    if valid is None:
+        last = num_keys - num_queries + query
+        return (torch.arange(num_keys)[None] <= last[:, None])[None, None]
+    number = valid.cumsum(1)
+    last = number[:, -1:] - num_queries + query[None]
+    return ((number[:, None] - 1 <= last[..., None]) & valid[:, None])[:, None]
 
 
 def _attend_masked(

@@ -120,6 +120,9 @@ def attend_parts(
             if sink_logits is not None:
                 logits = torch.cat([logits, sink_logits[r, g].float()[None]])
                 v = torch.cat([v, torch.zeros(1, v.shape[1])])
+            if logits.numel() == 0:
+                out[r, g] = 0
+                continue
             out[r, g] = torch.softmax(logits, 0) @ v
     return out
 
@@ -133,17 +136,16 @@ def attend_dense(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Attend causally; the queries are the last tokens of the keys."""
+    """Attend causally; the queries are the last tokens of each row."""
     batch, heads, num_queries, _ = query.shape
     group, num_keys = heads // keys.shape[1], keys.shape[2]
     out = torch.zeros(*query.shape[:3], values.shape[3])
     for b in range(batch):
+        own = torch.arange(num_keys) if valid is None else valid[b].nonzero()[:, 0]
         for h in range(heads):
             for t in range(num_queries):
-                seen = torch.arange(num_keys) <= num_keys - num_queries + t
-                if valid is not None:
-                    seen &= valid[b]
-                if not seen.any():
+                seen = own[: max(0, own.numel() - num_queries + t + 1)]
+                if seen.numel() == 0:
                     continue
                 k, v = keys[b, h // group][seen].float(), values[b, h // group][seen].float()
                 logits = scaling * (k @ query[b, h, t].float())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from icecache.errors import HostMemoryExceeded
 
-__all__ = ["available_host_bytes", "check_host_memory"]
+__all__ = ["available_host_bytes", "check_host_limit", "check_host_memory"]
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -21,20 +21,14 @@ def available_host_bytes() -> int | None:
     return None
 
 
-def check_host_memory(needed: int, taken: int, limit: int | None) -> None:
-    """Raise `HostMemoryExceeded` if `needed` more bytes would pass the limit or what is free.
-
-    Parameters
-    ----------
-    needed : int
-        Bytes about to be taken.
-    taken : int
-        Bytes that count against the limit already.
-    limit : int, optional
-        Bytes in all; None means only what the machine has free.
-    """
+def check_host_limit(needed: int, taken: int, limit: int | None) -> None:
+    """Raise `HostMemoryExceeded` if `needed` more bytes beside `taken` would pass the limit."""
     if limit is not None and taken + needed > limit:
         raise HostMemoryExceeded(needed, max(0, limit - taken))
+
+
+def check_host_memory(needed: int) -> None:
+    """Raise `HostMemoryExceeded` if the machine has fewer than `needed` bytes free."""
     available = available_host_bytes()
     if available is not None and needed > available:
         raise HostMemoryExceeded(needed, available)

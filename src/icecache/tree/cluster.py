@@ -174,9 +174,7 @@ def _coarse_order(points: Tensor) -> Tensor:
     return torch.argsort(cell, stable=True)
 
 
-def _group_segments(
-    points: Tensor, order: Tensor, rule: GroupRule
-) -> tuple[Tensor, int, Tensor]:
+def _group_segments(points: Tensor, order: Tensor, rule: GroupRule) -> tuple[Tensor, int, Tensor]:
     num_segments, width = order.shape
     max_parents = math.ceil(width / rule.target)
     ids = torch.empty(points.shape[0], dtype=torch.int64)

@@ -1,9 +1,9 @@
 """The paper's own pages (arXiv 2604.10539, section 4; M-DCI), to be measured against.
 
 Keys are lifted to the sphere, k' = [k/c, sqrt(1 - |k|^2/c^2)] with c the largest |k|, where the
-nearest neighbour of q' = [q/|q|, 0] is the key of largest inner product. Every 33rd key (ratio 0.03) is
-promoted to a parent, each key joins its nearest parent, and a parent's keys, ordered along one
-random direction, are cut into pages three quarters full, as a B+-tree keeps its leaves.
+nearest neighbour of q' = [q/|q|, 0] is the key of largest inner product. Every 33rd key (a ratio
+of 0.03) is promoted to a parent, each key joins its nearest parent, and a parent's keys, ordered
+along one random direction, are cut into pages three quarters full, as a B+-tree keeps its leaves.
 """
 
 import math
@@ -34,13 +34,13 @@ def paper_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     direction = torch.randn(keys.shape[1] + 1, generator=generator)
     ids, per_row, parents = [], [], []
     num_leaves = num_parents = 0
-    for row_keys in keys.split(row_lens):
+    for row_keys in torch.split(keys, row_lens):
         if row_keys.shape[0] == 0:
             per_row.append(0)
             continue
         lifted = lift(row_keys)
         promoted = lifted[::_PROMOTION_STRIDE]
-        cell = torch.cat([(x @ promoted.T).argmax(1) for x in lifted.split(4096)])
+        cell = torch.cat([(x @ promoted.T).argmax(1) for x in torch.split(lifted, 4096)])
         order = sort_within(cell, lifted @ direction)
         leaf, parent = _cut_cells(cell[order], config.leaf_target)
         row_ids = torch.empty_like(leaf)

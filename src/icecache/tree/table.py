@@ -1,14 +1,14 @@
 """The leaves of all rows as flat arrays, and what each leaf's summary knows of its tokens.
 
-    count       [row, leaf]         tokens, 0 = no such leaf
-    page        [row, leaf]         the page that holds them
-    slots       [row, leaf, i]      their slots in that page, NO_SLOT behind the last
-    key_mean    [row, leaf, dim]    int8 codes, times key_scale [row, leaf]
-    value_mean  [row, leaf, dim]    int8 codes, times value_scale [row, leaf]
-    spread      [row, leaf]         mean squared distance of the keys from key_mean
+count       [row, leaf]         tokens, 0 = no such leaf
+page        [row, leaf]         the page that holds them
+slots       [row, leaf, i]      their slots in that page, NO_SLOT behind the last
+key_mean    [row, leaf, dim]    int8 codes, times key_scale [row, leaf]
+value_mean  [row, leaf, dim]    int8 codes, times value_scale [row, leaf]
+spread      [row, leaf]         mean squared distance of the keys from key_mean
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ NO_SLOT = 255
 _MIN_CAPACITY = 64
 
 
-class LeafView(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LeafView:
     """The arrays of `LeafTable` up to the longest row; views, valid until the next insert."""
 
     count: Tensor
@@ -75,14 +76,13 @@ class LeafTable:
         Valid until the next `add`, `reserve` or `reorder`, and while the tensor is held.
         """
         num_leaves = torch.tensor(self.num_leaves, dtype=torch.int32)
-        arrays = {name: pointer(self._arrays[name]) for name, _ in NativeLeaves._fields_[1:]}
+        arrays = {name: pointer(array) for name, array in self._arrays.items()}
         return NativeLeaves(num_leaves=pointer(num_leaves), **arrays), num_leaves
 
     def view(self) -> LeafView:
         """Return the summaries up to the longest row."""
         a, longest = self._arrays, max(self.num_leaves, default=0)
-        names = LeafView._fields
-        return LeafView(*(a[name][:, :longest] for name in names))
+        return LeafView(*(a[field.name][:, :longest] for field in fields(LeafView)))
 
     def counts(self) -> Tensor:
         """Return the tokens of each leaf, shape [rows, longest row], uint8."""
@@ -101,9 +101,7 @@ class LeafTable:
     def tokens_at(self, leaf: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of chosen leaves, shape [rows, n] -> two of [rows, n, leaf_size]."""
         page = self._arrays["page"].gather(1, leaf).long()
-        slots = self._arrays["slots"].gather(
-            1, leaf[..., None].expand(-1, -1, self.leaf_size)
-        )
+        slots = self._arrays["slots"].gather(1, leaf[..., None].expand(-1, -1, self.leaf_size))
         return page[..., None] * page_size + slots.long(), slots != NO_SLOT
 
     def pages(self) -> Tensor:
