@@ -90,7 +90,8 @@ def _chosen_by(
     layer: IceCacheLayer, asked: Asked, config: IceCacheConfig
 ) -> tuple[Tensor, list[PageMap]]:
     indexed = _index_of(layer)
-    step = layer.inspect(asked.query[None, :, None], scaling=asked.scaling)
+    query = asked.query.to(layer.dtype)[None, :, None]
+    step = layer.inspect(query, scaling=asked.scaling)
     tokens, real = indexed.table.tokens(config.page_size)
     positions = indexed.pool.positions_of(tokens.masked_fill(~real, 0))
     chosen = step.chosen

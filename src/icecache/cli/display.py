@@ -23,7 +23,7 @@ class Display:
     @contextmanager
     def run(self, name: str, tokens: int, max_new_tokens: int) -> Iterator["Display"]:
         """Show the bars of one run until the block is left; the answer stays on the screen."""
-        self._text = Text()
+        self._text, self._tokens = Text(), tokens
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -38,6 +38,7 @@ class Display:
         )
         with Live(Group(self._progress, self._text), console=self._console):
             yield self
+            self._progress.update(self._prefill, completed=tokens)
             # the answer may have ended early
             self._progress.update(self._decode, total=self._progress.tasks[-1].completed)
         if not self._console.is_terminal:
@@ -49,7 +50,10 @@ class Display:
 
     def piece(self, text: str) -> None:
         """Add a piece of the answer and move the decode bar by one token."""
-        self._progress.start_task(self._decode)
+        if not self._text:
+            # shares of tokens, one a layer, do not sum up to the last digit
+            self._progress.update(self._prefill, completed=self._tokens)
+            self._progress.start_task(self._decode)
         self._text.append(text)
         self._progress.advance(self._decode)
 
