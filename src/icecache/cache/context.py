@@ -8,6 +8,7 @@ A token's position counts from its row's first token, padding left out.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,11 +206,11 @@ class Context:
             torch.arange(first, first + num).repeat(heads)
             for first, num in zip(firsts, leaving, strict=True)
         ]
-        per_row = torch.tensor(leaving).repeat_interleave(heads)
+        per_row = np.repeat(leaving, heads)
         return FlatTokens(
             torch.cat([keys.flatten(0, 1) for keys, _ in oldest]),
             torch.cat([values.flatten(0, 1) for _, values in oldest]),
-            torch.repeat_interleave(per_row),
+            torch.from_numpy(np.repeat(np.arange(per_row.size), per_row)),
             torch.cat(positions),
         )
 

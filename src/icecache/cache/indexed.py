@@ -180,7 +180,7 @@ class IndexedTokens:
         touched, which = torch.unique(pairs, dim=0, return_inverse=True)
         leaves = [(row, leaf) for row, leaf in touched.tolist()]
         old = [self._tokens_of_leaf(row, leaf) for row, leaf in leaves]
-        old_which = torch.repeat_interleave(torch.tensor([len(ts) for ts in old]))
+        old_which = torch.tensor([i for i, ts in enumerate(old) for _ in ts], dtype=torch.int64)
         old_tokens = torch.tensor([t for ts in old for t in ts], dtype=torch.int64)
         old_keys, old_values = self.pool.read(old_tokens)
         all_ = FlatTokens(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,10 +14,28 @@ __all__ = [
     "nearest_leaf",
     "quantize_rows",
     "score_leaves",
+    "sum_groups",
     "summarize",
 ]
 
 _QUERY_BLOCK = 1024
+_FEW_ELEMENTS = 2048
+
+
+def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
+    """Return the sum of each group's elements, shape [elements, dim] -> [num, dim], float32.
+
+    torch wakes all threads for it however few the elements are, and a decode step must not wait
+    for them on a busy machine; numpy does not.
+    """
+    if x.shape[0] > _FEW_ELEMENTS:
+        return torch.zeros(num, x.shape[1]).index_add_(0, ids, x)
+    total = torch.zeros(num, x.shape[1])
+    if x.shape[0] and x.shape[1]:
+        order = np.argsort(ids.numpy(), kind="stable")
+        groups, starts = np.unique(ids.numpy()[order], return_index=True)
+        total.numpy()[groups] = np.add.reduceat(x.numpy()[order], starts, axis=0)
+    return total
 
 
 def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:
@@ -24,10 +43,10 @@ def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tens
     keys, values = keys.float(), values.float()
     count = torch.bincount(ids, minlength=num)
     weight = 1.0 / count.clamp(min=1)[:, None]
-    key_mean = torch.zeros(num, keys.shape[1]).index_add_(0, ids, keys) * weight
-    value_mean = torch.zeros(num, values.shape[1]).index_add_(0, ids, values) * weight
-    squared = (keys - key_mean[ids]).square().sum(1)
-    spread = torch.zeros(num).index_add_(0, ids, squared) * weight[:, 0]
+    key_mean = sum_groups(keys, ids, num) * weight
+    value_mean = sum_groups(values, ids, num) * weight
+    squared = (keys - key_mean[ids]).square().sum(1, keepdim=True)
+    spread = (sum_groups(squared, ids, num) * weight)[:, 0]
     return count, key_mean, value_mean, spread
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icecache.ops.batched import sum_groups
+
 __all__ = ["GroupRule", "bisect_order", "group", "sort_within", "split_oversized"]
 
 _POWER_ROUNDS = 3
@@ -124,8 +126,8 @@ def sort_within(ids: Tensor, key: Tensor) -> Tensor:
 
 def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     """Say of each point whether it lies in the upper half of its group's main direction."""
-    num_groups, dim = counts.shape[0], points.shape[1]
-    mean = torch.zeros(num_groups, dim).index_add_(0, ids, points)
+    num_groups = counts.shape[0]
+    mean = sum_groups(points, ids, num_groups)
     centred = points - (mean / counts.clamp(min=1)[:, None])[ids]
     by_norm = sort_within(ids, (centred * centred).sum(1))
     ends = counts.cumsum(0)
@@ -133,7 +135,7 @@ def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     direction = centred[farthest]
     for _ in range(_POWER_ROUNDS):
         weight = (centred * direction[ids]).sum(1, keepdim=True)
-        direction = torch.zeros(num_groups, dim).index_add_(0, ids, weight * centred)
+        direction = sum_groups(weight * centred, ids, num_groups)
         direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-20)
     order = sort_within(ids, (centred * direction[ids]).sum(1))
     rank = torch.empty_like(order)
@@ -210,7 +212,7 @@ def _promote_and_refine(x: Tensor, real: Tensor, rule: GroupRule) -> Tensor:
 def _means(x: Tensor, real: Tensor, nearest: Tensor, parents: Tensor) -> Tensor:
     segments, num_parents, dim = parents.shape
     flat = (nearest + torch.arange(segments)[:, None] * num_parents)[real]
-    total = torch.zeros(segments * num_parents, dim).index_add_(0, flat, x[real])
+    total = sum_groups(x[real], flat, segments * num_parents)
     count = torch.bincount(flat, minlength=segments * num_parents)[:, None]
     mean = total / count.clamp(min=1)
     return torch.where(count > 0, mean, parents.reshape(-1, dim)).view_as(parents)
