@@ -1,0 +1,291 @@
+"""What the core's tests share: seeded tokens, slow truths and a plain model of a layer's tokens."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from icecache import IceCacheConfig, IceCacheLayer
+from icecache.ops.native import is_built
+
+# small enough that a few dozen tokens reach every path
+SMALL = {
+    "budget": 24,
+    "sink": 2,
+    "window": 4,
+    "leaf_size": 4,
+    "leaf_target": 3,
+    "page_size": 8,
+    "draft": 8,
+    "segment_tokens": 16,
+    "fan_out": 2,
+}
+SMALL_HEADS, SMALL_DIM = 2, 16
+# the compiled ops are tested wherever an installation has them
+BACKENDS = ["torch", "reference", *(["native"] if is_built() else [])]
+FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+
+class KeysValues(NamedTuple):
+    """Keys and values, shape [batch, num_kv_heads, tokens, head_dim] twice."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __getitem__(self, index: Any) -> "KeysValues":  # type: ignore[override]
+        return KeysValues(self.keys[index], self.values[index])
+
+
+def rng(seed: int) -> torch.Generator:
+    """Return a generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def clustered(seed: int, *shape: int, centres: int = 12) -> Tensor:
+    """Return vectors around a few centres beside a common offset, as keys are."""
+    generator, dim = rng(seed), shape[-1]
+    centre = 2.0 * torch.randn(centres, dim, generator=generator)
+    label = torch.randint(centres, shape[:-1], generator=generator)
+    offset = torch.randn(dim, generator=generator)
+    return centre[label] + 0.7 * torch.randn(*shape, generator=generator) + offset
+
+
+def make_tokens(
+    seed: int,
+    batch: int,
+    tokens: int,
+    *,
+    heads: int = SMALL_HEADS,
+    dim: int = SMALL_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> KeysValues:
+    """Return clustered keys and normal values."""
+    keys = clustered(seed, batch, heads, tokens, dim)
+    values = torch.randn(batch, heads, tokens, dim, generator=rng(seed + 1))
+    return KeysValues(keys.to(dtype), values.to(dtype))
+
+
+def make_query(
+    seed: int,
+    batch: int,
+    heads: int,
+    tokens: int = 1,
+    *,
+    dim: int = SMALL_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return normal queries, shape [batch, heads, tokens, dim]."""
+    return torch.randn(batch, heads, tokens, dim, generator=rng(seed)).to(dtype)
+
+
+def small_layer(**settings: Any) -> IceCacheLayer:
+    """Return a layer of two KV heads of 16 that indexes beyond 24 tokens."""
+    config = IceCacheConfig.from_kwargs(**{**SMALL, **settings})
+    return IceCacheLayer(config, num_kv_heads=SMALL_HEADS, head_dim=SMALL_DIM, dtype=torch.float32)
+
+
+def left_padded(lens: list[int], width: int | None = None) -> Tensor:
+    """Return the mask of rows of these lengths, shape [rows, longest], True = token."""
+    width = max(lens) if width is None else width
+    return torch.arange(width)[None] >= width - torch.tensor(lens)[:, None]
+
+
+def full_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend causally in float64; one batch row.
+
+    query: [heads, queries, dim], of the last of the keys' tokens; keys, values: [kv_heads, tokens,
+    dim]; sink_logits: [heads]. Returns [heads, queries, dim].
+    """
+    heads, num_queries, dim = query.shape
+    group, num_keys = heads // keys.shape[0], keys.shape[1]
+    k, v = (x.double().repeat_interleave(group, 0) for x in (keys, values))
+    logits = query.double() @ k.transpose(1, 2) * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    last = num_keys - num_queries + torch.arange(num_queries)
+    logits = logits.masked_fill(torch.arange(num_keys)[None] > last[:, None], -math.inf)
+    if sink_logits is not None:
+        sink = sink_logits.double()[:, None, None].expand(-1, num_queries, 1)
+        logits = torch.cat([logits, sink], -1)
+    return torch.softmax(logits, -1)[..., :num_keys] @ v
+
+
+@dataclass
+class PlainRows:
+    """The truth about a layer: every row's tokens, [kv_heads, tokens, dim], and nothing else."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, tokens: KeysValues, mask: Tensor | None = None) -> "PlainRows":
+        """Return the rows of a first call."""
+        batch, heads, _, dim = tokens.keys.shape
+        empty = [torch.zeros(heads, 0, dim, dtype=tokens.keys.dtype) for _ in range(batch)]
+        rows = cls(list(empty), list(empty))
+        rows.append(tokens, mask)
+        return rows
+
+    @property
+    def lens(self) -> list[int]:
+        """Tokens of each row."""
+        return [k.shape[1] for k in self.keys]
+
+    def append(self, tokens: KeysValues, mask: Tensor | None = None) -> None:
+        """Take in what the mask leaves."""
+        for row in range(len(self.keys)):
+            kept = slice(None) if mask is None else mask[row]
+            self.keys[row] = torch.cat([self.keys[row], tokens.keys[row][:, kept]], 1)
+            self.values[row] = torch.cat([self.values[row], tokens.values[row][:, kept]], 1)
+
+    def crop(self, num: int) -> None:
+        """Drop the latest tokens of every row."""
+        self.keys = [k[:, : k.shape[1] - num] for k in self.keys]
+        self.values = [v[:, : v.shape[1] - num] for v in self.values]
+
+    def reorder(self, rows: list[int]) -> None:
+        """Take rows in a new order."""
+        self.keys = [self.keys[row] for row in rows]
+        self.values = [self.values[row] for row in rows]
+
+    def attend(self, row: int, query: Tensor, **settings: Any) -> Tensor:
+        """Return full attention of one row; query: [heads, queries, dim]."""
+        return full_attention(query, self.keys[row], self.values[row], **settings)
+
+
+def largest_error(ours: Tensor, truth: Tensor) -> float:
+    """Return the largest absolute difference."""
+    assert ours.shape == truth.shape, f"{tuple(ours.shape)} against {tuple(truth.shape)}"
+    return float((ours.double() - truth.double()).abs().max())
+
+
+def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor) -> None:
+    """Assert the flash-attention rule: at most twice PyTorch's own error in that dtype + 1e-5."""
+    allowed = 2 * largest_error(torchs, truth) + 1e-5
+    error = largest_error(ours, truth)
+    assert error <= allowed, f"error {error:.2e} where {allowed:.2e} is allowed"
+
+
+def assert_full(layer: IceCacheLayer, rows: PlainRows, query: Tensor, **settings: Any) -> None:
+    """Assert that `attend` equals full attention for every query of a real token."""
+    out = layer.attend(query, **settings)
+    assert out.shape == query.shape
+    assert bool(torch.isfinite(out).all())
+    for row, length in enumerate(rows.lens):
+        real = min(query.shape[2], length)
+        truth = rows.attend(row, query[row, :, query.shape[2] - real :], **settings)
+        ours = out[row, :, query.shape[2] - real :]
+        error = largest_error(ours, truth)
+        assert error <= 1e-5, f"row {row}: {error:.2e} off full attention"
+
+
+class Selected(NamedTuple):
+    """What a sparse step of one row (batch row x KV head) took.
+
+    Attributes
+    ----------
+    positions : positions attended exactly, between sink and window.
+    rest : the leaves attended through their summaries.
+    """
+
+    positions: list[int]
+    rest: list[int]
+
+
+def selected_by_leaves(layer: IceCacheLayer, chosen: Tensor) -> list[Selected]:
+    """Return per row what the chosen leaves hold; chosen: [rows, leaves], bool."""
+    indexed = layer._context.indexed
+    result = []
+    for row in range(chosen.shape[0]):
+        positions: list[int] = []
+        leaves = range(indexed.table.num_leaves[row])
+        for leaf in (leaf for leaf in leaves if chosen[row, leaf]):
+            page, slots = indexed.table.leaf(row, leaf)
+            at = torch.tensor([page * layer.config.page_size + slot for slot in slots])
+            positions.extend(indexed.pool.positions_of(at).tolist())
+        result.append(Selected(positions, [leaf for leaf in leaves if not chosen[row, leaf]]))
+    return result
+
+
+def slow_sparse(
+    layer: IceCacheLayer,
+    rows: PlainRows,
+    query: Tensor,
+    selected: list[Selected],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Return what a sparse step must give, one head at a time: [batch, heads, 1, dim], float32.
+
+    Keys and values are the plain model's, by position; only summaries come from the layer.
+    """
+    batch, heads, _, dim = query.shape
+    group = heads // layer.num_kv_heads
+    out = torch.empty(batch, heads, 1, dim)
+    for b in range(batch):
+        fixed = fixed_positions(layer, b, rows.lens[b])
+        for h in range(heads):
+            kv_head, q = h // group, query[b, h, 0].float()
+            row = b * layer.num_kv_heads + kv_head
+            at = torch.tensor(fixed + selected[row].positions)
+            logits = scaling * (rows.keys[b][kv_head, at].float() @ q)
+            values = rows.values[b][kv_head, at].float()
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if layer.config.remainder:
+                far = [_estimate(layer, row, i, q, scaling, softcap) for i in selected[row].rest]
+                logits = torch.cat([logits, *(logit for logit, _ in far)])
+                values = torch.cat([values, *(mean[None] for _, mean in far)])
+            if sink_logits is not None:
+                logits = torch.cat([logits, sink_logits[h].float()[None]])
+                values = torch.cat([values, torch.zeros(1, dim)])
+            out[b, h, 0] = torch.softmax(logits, 0) @ values
+    return out
+
+
+def fixed_positions(layer: IceCacheLayer, row: int, length: int) -> list[int]:
+    """Return the positions of sink and window of a batch row."""
+    in_window = layer._context.tail.lens[row]
+    sink = min(layer.config.sink, length - in_window)
+    return list(range(sink)) + list(range(length - in_window, length))
+
+
+def _estimate(
+    layer: IceCacheLayer, row: int, leaf: int, q: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return a leaf's logit, shape [1], and mean value."""
+    view = layer._context.indexed.table.view()
+    logit = scaling * (view.key_mean[row, leaf].float() * view.key_scale[row, leaf]) @ q
+    correction = 0.5 * scaling**2 * (q @ q) * view.spread[row, leaf] / q.shape[0]
+    if softcap is not None:
+        slope = 1 - torch.tanh(logit / softcap) ** 2
+        logit, correction = softcap * torch.tanh(logit / softcap), correction * slope**2
+    logit = logit + math.log(int(view.count[row, leaf]))
+    logit = logit + layer.config.spread_weight * correction.clamp(max=2.0)
+    mean = view.value_mean[row, leaf].float() * view.value_scale[row, leaf]
+    return logit[None], mean
+
+
+def poison(layer: IceCacheLayer) -> None:
+    """Fill every free slot and the unused ends of the tail's buffers with NaN."""
+    context = layer._context
+    if context is None:
+        return
+    tail = context.tail
+    for buffer in (tail._keys, tail._values):
+        buffer[:, :, tail._end :] = torch.nan
+        buffer[:, :, : tail._end - tail.longest] = torch.nan
+    if context.indexed is not None:
+        context.indexed.pool.poison()

@@ -1,0 +1,120 @@
+"""Packing of leaves into pages, and the rows' hold on pages, against plain models."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icecache.config import IceCacheConfig
+from icecache.store.placement import RowPages, pack
+from icecache.store.pool import PagePool
+from icecache.tree.build import build_leaves
+from tests.helpers import clustered
+
+_settings = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+def _loads(sizes: list[int], page: list[int], num_pages: int) -> list[int]:
+    loads = [0] * num_pages
+    for leaf, at in enumerate(page):
+        loads[at] += sizes[leaf]
+    return loads
+
+
+@_settings
+@given(
+    st.integers(1, 20).flatmap(
+        lambda size: st.tuples(
+            st.just(size), st.lists(st.tuples(st.integers(1, size), st.integers(0, 9)), max_size=60)
+        )
+    )
+)
+def test_pack_keeps_leaves_whole_and_pages_within_their_size(
+    case: tuple[int, list[tuple[int, int]]],
+) -> None:
+    page_size, leaves = case
+    sizes, parents = [s for s, _ in leaves], [p for _, p in leaves]
+    page, num_pages = pack(sizes, parents, page_size)
+    loads = _loads(sizes, page, num_pages)
+    assert len(page) == len(sizes)
+    assert all(1 <= load <= page_size for load in loads)
+    # two pages that fit in one would mean that something was not filled up
+    if len(loads) > 1:
+        assert sum(sorted(loads)[:2]) > page_size
+
+
+@pytest.mark.parametrize(
+    ("page_size", "leaf_size", "leaf_target"), [(16, 8, 5), (32, 8, 5), (8, 4, 3)]
+)
+@pytest.mark.parametrize("tokens", [500, 2000, 6000])
+def test_pages_of_a_built_tree_are_full(
+    tokens: int, page_size: int, leaf_size: int, leaf_target: int
+) -> None:
+    config = IceCacheConfig(leaf_size=leaf_size, leaf_target=leaf_target, page_size=page_size)
+    leaves = build_leaves(clustered(0, tokens, 64, centres=60), [tokens], config)
+    sizes = torch.bincount(leaves.ids).tolist()
+    page, num_pages = pack(sizes, leaves.parents.tolist(), page_size)
+    assert tokens / (num_pages * page_size) >= 0.9
+    assert max(_loads(sizes, page, num_pages)) <= page_size
+
+
+def test_siblings_share_pages() -> None:
+    sizes, parents = [4, 4, 4, 4, 4, 4, 4, 4], [0, 1, 0, 1, 0, 1, 0, 1]
+    page, num_pages = pack(sizes, parents, 16)
+    assert num_pages == 2
+    for parent in (0, 1):
+        assert len({page[leaf] for leaf in range(8) if parents[leaf] == parent}) == 1
+
+
+def test_pack_nothing() -> None:
+    assert pack([], [], 16) == ([], 0)
+
+
+@_settings
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "give", "drop"]), st.integers(0, 30)), max_size=40)
+)
+def test_row_pages_find_the_fullest_page_with_room(trace: list[tuple[str, int]]) -> None:
+    pool = PagePool(8, 2, torch.float32)
+    row, model = RowPages(pool), dict[int, int]()
+    for op, number in trace:
+        page = sorted(model)[number % len(model)] if model else None
+        if op == "take":
+            room = 1 + number % 8
+            fitting = [free for free in model.values() if free >= room]
+            found = row.fullest_with(room)
+            assert row.free_slots(found) == (min(fitting) if fitting else 8)
+            model[found] = row.free_slots(found) - room
+            row.hold(found, model[found])
+        elif page is not None and op == "give":
+            model[page] = min(8, model[page] + 1 + number % 3)
+            row.hold(page, model[page])
+        elif page is not None:
+            row.drop(page)
+            del model[page]
+        assert {page: row.free_slots(page) for page in row.pages} == model
+        pool.check_integrity([row.pages])
+
+
+def test_a_full_page_is_never_found() -> None:
+    row = RowPages(PagePool(4, 2, torch.float32))
+    first = row.fullest_with(4)
+    row.hold(first, 0)
+    assert row.fullest_with(1) != first
+
+
+def test_a_copy_shares_the_pages_until_one_lets_go() -> None:
+    pool = PagePool(4, 2, torch.float32)
+    row = RowPages(pool)
+    for free in (2, 0, 3):
+        row.hold(row.fullest_with(4), free)
+    other = row.copy()
+    assert other.pages == row.pages
+    assert all(pool.is_shared(page) for page in row.pages)
+    pool.check_integrity([row.pages, other.pages])
+    dropped = row.pages[0]
+    row.drop(dropped)
+    assert not pool.is_shared(dropped)
+    assert dropped in other.pages
+    pool.check_integrity([row.pages, other.pages])
+    assert pool.num_pages == 3
