@@ -18,6 +18,7 @@ from icecache.attention.select import (
 )
 from icecache.config import IceCacheConfig
 from icecache.store.pool import PagePool
+from icecache.store.residency import FetchPlan, Residency
 from icecache.tree.exact import search_exact
 from icecache.tree.search import search
 from icecache.tree.table import LeafTable
@@ -43,6 +44,7 @@ class SparseStep(NamedTuple):
     num_scored : int. Leaves (or tokens, without summaries) scored, over all rows.
     share : shape [rows, heads, leaves or tokens], float32. Estimated shares of the attention.
     chosen : shape [rows, leaves or tokens], bool
+    plan : FetchPlan. The pages of what was selected, each wanted once, and which were fetched.
     """
 
     out: Tensor
@@ -50,6 +52,7 @@ class SparseStep(NamedTuple):
     num_scored: int
     share: Tensor
     chosen: Tensor
+    plan: FetchPlan
 
 
 def attend_sparse(
@@ -57,6 +60,7 @@ def attend_sparse(
     fixed: Fixed,
     table: LeafTable,
     pool: PagePool,
+    residency: Residency,
     config: IceCacheConfig,
     ops: ModuleType,
     scaling: float,
@@ -95,7 +99,7 @@ def attend_sparse(
         choice, tokens, taken = _choose_exactly(
             query, fixed_lse, table, pool, config, room, scaling, softcap
         )
-    keys, values = pool.read(tokens)
+    keys, values, plan = _fetch(pool, residency, tokens)
     out = ops.attend_parts(
         query,
         torch.cat([fixed.keys, keys.masked_fill_(~taken[..., None], 0.0)], 1),
@@ -109,7 +113,16 @@ def attend_sparse(
         softcap,
     )
     num_attended = fixed.valid.sum(1) + taken.sum(1)
-    return SparseStep(out, num_attended, choice.chosen.numel(), choice.share, choice.chosen)
+    return SparseStep(out, num_attended, choice.chosen.numel(), choice.share, choice.chosen, plan)
+
+
+def _fetch(
+    pool: PagePool, residency: Residency, tokens: Tensor
+) -> tuple[Tensor, Tensor, FetchPlan]:
+    pages, where = torch.unique(tokens // pool.page_size, return_inverse=True)
+    plan = residency.plan(pages.tolist())
+    slots = torch.tensor(plan.slots, dtype=torch.int64)[where]
+    return *pool.read(slots * pool.page_size + tokens % pool.page_size), plan
 
 
 def _choose_exactly(

@@ -14,6 +14,7 @@ from icecache.errors import IntegrityError
 from icecache.ops.dispatch import resolve_backend
 from icecache.store.placement import RowPages, pack
 from icecache.store.pool import PagePool
+from icecache.store.residency import InPlace
 from icecache.tree.build import Leaves, build_leaves
 from icecache.tree.insert import NO_LEAF, Pieces, assign, cut
 from icecache.tree.paper import paper_leaves
@@ -61,6 +62,7 @@ class IndexedTokens:
         self._native = resolve_backend(config.backend) == "native"
         self.pool = PagePool(config.page_size, head_dim, dtype)
         self.table = LeafTable(num_rows, head_dim, config.leaf_size)
+        self.residency = InPlace()
         self.row_pages = [RowPages(self.pool) for _ in range(num_rows)]
         self.lens = [0] * num_rows
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from icecache.attention.attend import SparseStep, attend_sparse
-from icecache.attention.native import attend_native, can_attend
+from icecache.attention.attend import SparseStep
 from icecache.cache.check import check_query, check_rows, check_tokens
 from icecache.cache.context import Context
+from icecache.cache.decode import attend_step, inspect_step
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError
@@ -187,8 +187,13 @@ class IceCacheLayer:
         if num_queries == 1:
             self._settle(self.config.window)
             if self._context.indexed is not None:
-                attended = self._attend_sparse(query, scaling, softcap, sink_logits)
-                return attended.view(query.shape).to(query.dtype)
+                step = attend_step(
+                    self._context, self.config, self._backend, query, scaling, softcap, sink_logits
+                )
+                self._counters.sparse_steps += 1
+                self._counters.leaves_scored += step.num_scored
+                self._counters.tokens_attended = float(step.num_attended.double().mean())
+                return step.out.view(query.shape).to(query.dtype)
         self._counters.dense_steps += 1
         dense = self._context.dense()
         self._counters.tokens_attended = float(self.num_tokens)
@@ -215,65 +220,9 @@ class IceCacheLayer:
         scaling = self.head_dim**-0.5 if scaling is None else scaling
         self._check_query(query, scaling, softcap, sink_logits)
         self._settle(self.config.window)
-        return attend_sparse(
-            self._group(query),
-            self._context.fixed(),
-            self._context.indexed.table,
-            self._context.indexed.pool,
-            self.config,
-            self._ops,
-            scaling,
-            softcap,
-            self._group_sinks(sink_logits),
+        return inspect_step(
+            self._context, self.config, self._backend, query, scaling, softcap, sink_logits
         )
-
-    def _attend_sparse(
-        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
-    ) -> Tensor:
-        context, counters = self._context, self._counters
-        assert context is not None and context.indexed is not None
-        table, pool = context.indexed.table, context.indexed.pool
-        grouped, sinks = self._group(query), self._group_sinks(sink_logits)
-        if self._backend == "native" and can_attend(self.config, grouped.shape[1], self.dtype):
-            out, num_attended = attend_native(
-                grouped, context.spans(), table, pool, self.config, scaling, softcap, sinks
-            )
-            counters.leaves_scored += sum(table.num_leaves)
-        else:
-            fixed = context.fixed()
-            step = attend_sparse(
-                grouped, fixed, table, pool, self.config, self._ops, scaling, softcap, sinks
-            )
-            out, num_attended = step.out, step.num_attended
-            counters.leaves_scored += step.num_scored
-        counters.sparse_steps += 1
-        counters.tokens_attended = float(num_attended.double().mean())
-        return out
-
-    def _check_query(
-        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
-    ) -> None:
-        check_query(
-            query,
-            scaling,
-            softcap,
-            sink_logits,
-            batch=self.batch_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    def _group(self, query: Tensor) -> Tensor:
-        rows = self.batch_size * self.num_kv_heads
-        return query.reshape(rows, -1, self.head_dim).float().contiguous()
-
-    def _group_sinks(self, sink_logits: Tensor | None) -> Tensor | None:
-        if sink_logits is None:
-            return None
-        repeated = sink_logits.view(1, -1).expand(self.batch_size, -1)
-        return repeated.reshape(self.batch_size * self.num_kv_heads, -1)
 
     def crop(self, num_tokens: int) -> None:
         """Drop the latest tokens of every row.
@@ -330,6 +279,21 @@ class IceCacheLayer:
         """Raise `IntegrityError` unless every token is in exactly one place, summaries true."""
         if self._context is not None:
             self._context.check_integrity()
+
+    def _check_query(
+        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> None:
+        check_query(
+            query,
+            scaling,
+            softcap,
+            sink_logits,
+            batch=self.batch_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def _held_bytes(self) -> int:
         if self._context is None:
