@@ -12,8 +12,17 @@ __all__ = [
     "nearest_leaf",
     "quantize_rows",
     "score_leaves",
+    "sum_groups",
     "summarize",
 ]
+
+
+def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
+    """Return the sum of each group's elements, shape [elements, dim] -> [num, dim], float32."""
+    total = torch.zeros(num, x.shape[1])
+    for element, group in zip(x, ids.tolist(), strict=True):
+        total[group] += element
+    return total
 
 
 def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:
