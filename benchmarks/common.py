@@ -135,7 +135,7 @@ def step_times(seconds: list[float]) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what a figure was measured."""
+    """Where and with what a figure is measured; to be asked before the measuring begins."""
     return {
         "commit": _commit(),
         "torch": torch.__version__,

@@ -144,12 +144,16 @@ def run(
     log: RowLog,
     advance: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Measure the prompts that the log lacks; rows and totals over all."""
+    """Measure the prompts that the log lacks; rows and totals over all.
+
+    Each row carries the commit that it was measured at, for a resumed log may mix several.
+    """
+    stamp = environment()
     for prompt in prompts:
         if not log.has(prompt):
-            log.add(measure(prompt))
+            log.add([{**row, "commit": stamp["commit"]} for row in measure(prompt)])
         advance(prompt.key)
-    return {"environment": environment(), "rows": log.rows, **totals(log.rows)}
+    return {"environment": stamp, "rows": log.rows, **totals(log.rows)}
 
 
 def make_parser() -> argparse.ArgumentParser:

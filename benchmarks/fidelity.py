@@ -106,6 +106,7 @@ def run(
     advance: Advance = lambda name: None,
 ) -> dict[str, Any]:
     """Measure every file of a folder at every budget; the report as one JSON-able mapping."""
+    stamp = environment()
     configs = [build_config(variant, budget, overrides or {}) for budget in budgets]
     rows = []
     for path in kv_files(folder):
@@ -118,7 +119,7 @@ def run(
         "overrides": overrides or {},
         "dtype": dtype,
         "sink_window": {str(one.budget): [one.sink, one.window] for one in configs},
-        "environment": environment(),
+        "environment": stamp,
         "rows": rows,
         "mean_ratio": {str(one.budget): _mean_ratio(rows, one.budget) for one in configs},
     }

@@ -141,6 +141,7 @@ def run(
     advance: Advance = lambda name: None,
 ) -> dict[str, Any]:
     """Grow a layer from every source; the report as one JSON-able mapping."""
+    stamp = environment()
     config = build_config(variant, budget, overrides or {})
     rows = []
     for name, record in sources:
@@ -150,7 +151,7 @@ def run(
         "benchmark": "growth",
         "variant": variant,
         "overrides": overrides or {},
-        "environment": environment(),
+        "environment": stamp,
         "rows": rows,
         **summary(rows),
     }

@@ -66,6 +66,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int
 
 def run_model(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[str, Any]:
     """Generate `options.tokens` sampled tokens after a prompt of `options.start`; the report."""
+    stamp = environment()
     config = build_config(options.variant, options.budget, overrides)
     model, tokenizer = load(options.model, options.dtype)
     text = options.prompt_file.read_text(encoding="utf-8") if options.prompt_file else None
@@ -93,7 +94,7 @@ def run_model(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[st
         "dtype": options.dtype,
         "budget": config.budget,
         "overrides": overrides,
-        "environment": environment(),
+        "environment": stamp,
         "prompt_tokens": token_ids.shape[1],
         "generated": output.shape[1] - token_ids.shape[1],
         "tokens_held": min(layer.tokens for layer in layers),

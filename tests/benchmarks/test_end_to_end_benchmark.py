@@ -117,6 +117,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert measured == ["1", "2"]
     assert report["mean"]["64"]["topk"]["prompts"] == 3
     assert report["ratio"] == {"64": 1.0}
+    assert all(row["commit"] for row in report["rows"])
     with pytest.raises(InputError, match="other settings"):
         RowLog(path, {"steps": 2})
 
