@@ -1,0 +1,170 @@
+"""Random conversations against a plain model: nothing lost, nothing doubled, nothing mixed up."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icecache import IceCacheLayer, Phase
+from tests.helpers import (
+    FAST_BACKENDS,
+    PlainRows,
+    assert_full,
+    largest_error,
+    left_padded,
+    make_query,
+    make_tokens,
+    poison,
+    selected_by_leaves,
+    slow_sparse,
+    small_layer,
+)
+
+Step = tuple[str, int]
+
+HEADS = 4
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["append", "append one", "append ragged", "attend", "attend one", "crop", "reorder"]
+        ),
+        st.integers(0, 1 << 16),
+    ),
+    min_size=4,
+    max_size=22,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tree": {},
+    "no sink, no remainder": {"sink": 0, "window": 1, "remainder": False, "budget": 12},
+    "pages": {"unit": "page", "page_size": 5},
+    "exact": {"selection": "exact"},
+    "paper": {"selection": "paper", "unit": "page"},
+    "leaves of one": {"leaf_size": 1, "leaf_target": 1, "page_size": 1},
+}
+
+
+@dataclass
+class Conversation:
+    """A layer, the tokens it was given, and how many of them may still be taken back."""
+
+    layer: IceCacheLayer
+    rows: PlainRows
+    latest: int
+    may_crop: int
+    seeds: int = 0
+    done: list[str] = field(default_factory=list)
+
+    def seed(self) -> int:
+        """Return a new seed."""
+        self.seeds += 10
+        return self.seeds
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return len(self.rows.lens)
+
+
+def _append(talk: Conversation, num: int, lens: list[int]) -> None:
+    tokens = make_tokens(talk.seed(), talk.batch, num)
+    mask = left_padded(lens, num)
+    talk.layer.append(*tokens, mask)
+    talk.rows.append(tokens, mask)
+    talk.latest = num
+    kept = min(lens) if num > 1 else 0
+    talk.may_crop = min(kept, talk.layer.config.draft)
+
+
+def _attend_one(talk: Conversation) -> None:
+    layer, query = talk.layer, make_query(talk.seed(), talk.batch, HEADS)
+    out = layer.attend(query)
+    talk.may_crop = min(talk.may_crop, layer.config.window)
+    for row, length in enumerate(talk.rows.lens):
+        if length <= layer.config.budget:
+            truth = talk.rows.attend(row, query[row])
+            assert largest_error(out[row], truth) <= 1e-5, f"row {row} of {length} tokens"
+    if layer.phase is Phase.INDEXED and layer.config.selection == "tree":
+        step = layer.inspect(query)
+        selected = selected_by_leaves(layer, step.chosen)
+        truth = slow_sparse(layer, talk.rows, query, selected, scaling=0.25)
+        assert largest_error(out, truth) <= 1e-5
+        assert int(step.num_attended.max()) <= layer.config.budget
+
+
+def _reorder(talk: Conversation, number: int) -> None:
+    size = 1 + number % 4
+    order = [(number >> (3 * i)) % talk.batch for i in range(size)]
+    talk.layer.reorder(torch.tensor(order))
+    talk.rows.reorder(order)
+
+
+def _take(talk: Conversation, name: str, number: int) -> None:
+    if name == "append":
+        num = 2 + number % 20
+        _append(talk, num, [num] * talk.batch)
+    elif name == "append one":
+        for _ in range(1 + number % 3):
+            _append(talk, 1, [1] * talk.batch)
+    elif name == "append ragged":
+        num = 1 + number % 9
+        lens = [(number >> (2 * i)) % (num + 1) for i in range(talk.batch)]
+        _append(talk, num, lens)
+    elif name == "attend":
+        queries = min(talk.latest, 1 + number % 12)
+        if queries > 1:
+            assert_full(talk.layer, talk.rows, make_query(talk.seed(), talk.batch, HEADS, queries))
+    elif name == "attend one":
+        _attend_one(talk)
+    elif name == "crop":
+        num = min(number % 9, talk.may_crop, min(talk.rows.lens) - 1)
+        talk.layer.crop(num)
+        talk.rows.crop(num)
+        talk.may_crop -= num
+        talk.latest = max(0, talk.latest - num)
+    else:
+        _reorder(talk, number)
+
+
+def _check(talk: Conversation) -> None:
+    layer = talk.layer
+    layer.check_integrity()
+    poison(layer)
+    assert layer.row_lens == talk.rows.lens
+    stats = layer.stats()
+    assert stats.tokens == max(talk.rows.lens)
+    assert stats.full_cache_bytes == sum(talk.rows.lens) * 2 * 2 * 16 * 4
+    if layer.phase is Phase.INDEXED:
+        assert max(layer._context.tail.lens) >= 0
+        assert stats.pages == layer._context.indexed.pool.num_pages
+
+
+def _converse(trace: list[Step], first: int, **variant: Any) -> None:
+    layer = small_layer(**variant)
+    lens = [1 + first % 50, 1 + first % 7, 1 + first % 23][: 1 + first % 3]
+    prompt, mask = make_tokens(first, len(lens), max(lens)), left_padded(lens)
+    layer.prefill(*prompt, mask)
+    talk = Conversation(layer, PlainRows.of(prompt, mask), max(lens), 0, seeds=first)
+    _check(talk)
+    for name, number in trace:
+        talk.done.append(name)
+        _take(talk, name, number)
+        _check(talk)
+    _append(talk, 3, [3] * talk.batch)
+    assert_full(layer, talk.rows, make_query(talk.seed(), talk.batch, HEADS, 3))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(trace=STEPS, first=st.integers(0, 1 << 12))
+def test_random_conversations(trace: list[Step], first: int, backend: str) -> None:
+    _converse(trace, first, backend=backend)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tree"])
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(trace=STEPS, first=st.integers(0, 1 << 12))
+def test_random_conversations_of_variants(trace: list[Step], first: int, variant: str) -> None:
+    _converse(trace, first, **VARIANTS[variant])
