@@ -45,6 +45,28 @@ def test_summarize(dim: int) -> None:
         torch.testing.assert_close(our, true, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dim", [1, 7, 64, 129])
+@pytest.mark.parametrize("num", [0, 1, 63, 2000])
+def test_sum_groups(num: int, dim: int) -> None:
+    """Both ways of summing: of a few elements and of many; groups without elements are zero."""
+    x, ids = _normal(26, num, dim), torch.randint(5, (num,), generator=rng(27))
+    ours, truth = batched.sum_groups(x, ids, 7), reference.sum_groups(x, ids, 7)
+    assert ours.shape == (7, dim)
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+    assert float(ours[5:].abs().sum()) == 0.0
+
+
+@pytest.mark.parametrize("dim", [1, 7, 64])
+def test_a_groups_sum_does_not_depend_on_the_other_groups(dim: int) -> None:
+    """Bit for bit, however many elements there are beside its own: batches must not matter."""
+    x, ids = _normal(28, 5000, dim), torch.randint(300, (5000,), generator=rng(29))
+    together = batched.sum_groups(x, ids, 300)
+    for part in (ids < 3, ids < 100):
+        alone = batched.sum_groups(x[part], ids[part], 300)
+        mine = ids[part].unique()
+        assert torch.equal(alone[mine], together[mine])
+
+
 def test_summarize_counts_a_group_without_tokens_as_zero() -> None:
     count, mean, _, spread = batched.summarize(
         torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 2]), 4

@@ -50,11 +50,13 @@ def test_any_rule(target: int, largest: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("segment", [64, 2048])
-def test_a_row_alone_is_grouped_as_in_a_batch(dim: int, segment: int) -> None:
-    points, rule = clustered(2, sum(ROW_LENS), dim), RULE._replace(segment=segment)
-    ids, per_row = group(points, ROW_LENS, rule)
+@pytest.mark.parametrize("lens", [ROW_LENS, [1500, 1900, 200, 2100]])
+def test_a_row_alone_is_grouped_as_in_a_batch(lens: list[int], dim: int, segment: int) -> None:
+    """Bit for bit: sums of a row's points must not depend on how many points there are in all."""
+    points, rule = clustered(2, sum(lens), dim), RULE._replace(segment=segment)
+    ids, per_row = group(points, lens, rule)
     first_point = first_group = 0
-    for length, num_groups in zip(ROW_LENS, per_row, strict=True):
+    for length, num_groups in zip(lens, per_row, strict=True):
         if length:
             alone, (num_alone,) = group(points[first_point : first_point + length], [length], rule)
             assert num_alone == num_groups
