@@ -62,7 +62,7 @@ def test_a_foreign_cache(model: PreTrainedModel) -> None:
             model(IDS[:, :1], past_key_values=past)
         with pytest.raises(InputError, match=r"generate would run with a DynamicCache"):
             model.generate(IDS, past_key_values=DynamicCache(), max_new_tokens=2)
-        with pytest.raises(InputError, match=r"StaticCache.*drop cache_implementation"):
+        with pytest.raises(InputError, match=r"cache_implementation='static'.*drop it"):
             model.generate(IDS, cache_implementation="static", max_new_tokens=2)
         with pytest.raises(InputError, match="drop use_cache=False"):
             model.generate(IDS, use_cache=False, max_new_tokens=2)
@@ -177,6 +177,22 @@ def test_a_forward_that_fails_half_way(name: str, past: int, settings: dict[str,
         after = [model(new, past_key_values=each).logits for each in (cache, twin)]
     assert torch.equal(*after)
     assert _columns(cache) == [past + new.shape[1]] * 4
+
+
+def test_a_forward_that_fails_leaves_no_mask(model: PreTrainedModel) -> None:
+    weight = model.model.layers[3].self_attn.k_proj.weight
+    with icecache.attach(model):
+        cache = icecache.IceCache(model)
+        good = weight[0, 0].clone()
+        weight[0, 0] = float("nan")
+        with pytest.raises(InputError, match="finite"):
+            model(IDS, attention_mask=MASK, past_key_values=cache)
+        weight[0, 0] = good
+        model(IDS, past_key_values=cache)
+        hidden = torch.tensor([[0, 1], [1, 1]])
+        mask = torch.cat([torch.ones_like(MASK), hidden], 1)
+        model(IDS[:, :2], attention_mask=mask, past_key_values=cache)
+    assert _columns(cache) == [42] * 4
 
 
 def test_a_forward_that_somebody_else_broke(model: PreTrainedModel) -> None:

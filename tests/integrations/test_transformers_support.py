@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
-from zoo import build, family
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers.masking_utils import create_causal_mask
+from zoo import COMMON, build, family, greedy, left_padded
 
 import icecache
 from icecache.errors import UnsupportedModel
@@ -79,7 +81,43 @@ def test_a_model_without_full_attention_warns() -> None:
         pass
 
 
-def test_composite_models_are_judged_by_their_decoder() -> None:
-    config = AutoConfig.for_model("llava", text_config=GPT2Config(n_layer=3).to_dict())
-    report = icecache.supports(config)
-    assert report.managed == (0, 1, 2)
+def test_composite_models_are_judged_and_attached_by_their_decoder() -> None:
+    decoder = {**COMMON, "model_type": "llama"}
+    eyes = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = AutoConfig.for_model(
+        "llava", text_config=decoder, vision_config=eyes, image_token_index=127
+    )
+    assert icecache.supports(config).managed == (0, 1, 2, 3)
+    model = LlavaForConditionalGeneration(config).eval()
+    ids, _ = left_padded([40])
+    ids[0, 5:9] = 127
+    image = torch.randn(1, 3, 28, 28)
+    full = greedy(model, ids, pixel_values=image)
+    with icecache.attach(model) as attachment:
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        ours = greedy(model, ids, pixel_values=image)
+        assert len(attachment.cache.stats().layers) == 4
+    assert torch.equal(ours.ids, full.ids)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_image_tokens_that_see_each_other_get_their_full_mask() -> None:
+    model = build(family("gemma3"))
+    with icecache.attach(model):
+        mask = create_causal_mask(
+            model.config,
+            torch.zeros(1, 6, 64),
+            None,
+            icecache.IceCache(model),
+            block_sequence_ids=torch.tensor([[-1, 0, 0, 0, -1, -1]]),
+        )
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0, 1, 3]

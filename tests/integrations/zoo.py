@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["SMALL", "ZOO", "Family", "Greedy", "build", "family", "greedy", "left_padded"]
+__all__ = ["COMMON", "SMALL", "ZOO", "Family", "Greedy", "build", "family", "greedy", "left_padded"]
 
 # settings under which a context of sixty tokens is far beyond the budget
 SMALL: dict[str, Any] = {
@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "page_size": 8,
 }
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -184,7 +184,7 @@ def family(name: str) -> Family:
 
 def build(family: Family, **extra: Any) -> PreTrainedModel:
     """Return the family's tiny model in float32, the same one every time."""
-    config = AutoConfig.for_model(family.model_type, **{**_COMMON, **family.extra, **extra})
+    config = AutoConfig.for_model(family.model_type, **{**COMMON, **family.extra, **extra})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=family.reference)
     with torch.no_grad():

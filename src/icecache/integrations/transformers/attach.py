@@ -68,6 +68,12 @@ class Attachment:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         _check_prompt(model_kwargs)
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise InputError(
+                f"cache_implementation={implementation!r} asks for another cache than the IceCache "
+                "that the model is attached to; drop it, or detach"
+            )
         self._prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
@@ -86,8 +92,7 @@ class Attachment:
         if not isinstance(cache, IceCache):
             raise InputError(
                 f"generate would run with a {type(cache).__name__} on a model that is attached to "
-                "IceCache; drop cache_implementation and past_key_values (or pass an IceCache), "
-                "or detach"
+                "IceCache; drop past_key_values or pass an IceCache, or detach"
             )
         self.cache = cache
 

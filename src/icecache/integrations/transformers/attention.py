@@ -144,8 +144,8 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
 def _refuse_foreign_past(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, causal: bool
 ) -> None:
-    cached = causal and hasattr(module, "layer_idx") and key.shape[2] > query.shape[2]
-    if cached:
+    has_past = key.shape[2] > query.shape[2] and not getattr(module, "is_kv_shared_layer", False)
+    if causal and hasattr(module, "layer_idx") and has_past:
         raise InputError(
             "the model attends with IceCache, but its past_key_values is another cache; pass "
             "past_key_values=IceCache(model), call model.generate(...), or detach IceCache"

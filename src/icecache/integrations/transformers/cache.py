@@ -138,7 +138,6 @@ class IceCache(Cache):
         # the managed layers first: they alone can refuse now
         for layer in sorted(self.layers, key=lambda x: not isinstance(x, ManagedLayer)):
             layer.crop(tokens_to_remove)
-        self._forward.padding.keep_columns(self._num_columns())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row i continue row ``beam_idx[i]`` (beam search)."""
@@ -189,6 +188,7 @@ class IceCache(Cache):
         held = self._num_columns()
         if self.managed and num_tokens > held:
             raise InputError(f"crop cannot remove {num_tokens} tokens of the {held} in the cache")
+        # so that what was cropped of the padding's record was real, as what follows is
         if self._forward.padding.is_padded(held - num_tokens):
             raise InputError(
                 f"crop cannot remove {num_tokens} tokens, for they are padding in some rows"

@@ -57,12 +57,6 @@ class Padding:
         """Forget the running forward's mask."""
         self._mask = self._current = self._new = None
 
-    def keep_columns(self, num_columns: int) -> None:
-        """Forget the columns from `num_columns` on."""
-        self.commit()
-        if self._columns is not None:
-            self._columns = self._columns[:, :num_columns]
-
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Let row i be what row ``rows[i]`` was."""
         self.commit()
