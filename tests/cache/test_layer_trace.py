@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pages": {"unit": "page", "page_size": 5},
     "exact": {"selection": "exact"},
     "paper": {"selection": "paper", "unit": "page"},
+    "a leaf a page": {"page_size": 4},
     "leaves of one": {"leaf_size": 1, "leaf_target": 1, "page_size": 1},
 }
 
