@@ -113,7 +113,8 @@ def attend_sparse(
         softcap,
     )
     num_attended = fixed.valid.sum(1) + taken.sum(1)
-    return SparseStep(out, num_attended, choice.chosen.numel(), choice.share, choice.chosen, plan)
+    num_scored = sum(table.num_leaves) if config.selection == "tree" else table.num_tokens
+    return SparseStep(out, num_attended, num_scored, choice.share, choice.chosen, plan)
 
 
 def _fetch(

@@ -93,10 +93,15 @@ def check_query(
         raise InputError(f"scaling must be finite, got {scaling}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise InputError(f"softcap must be a positive number or None, got {softcap}")
-    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
-        raise InputError(
-            f"sink_logits must be [num_q_heads] = ({query.shape[1]},), got {_shape(sink_logits)}"
-        )
+    if sink_logits is not None:
+        _check_tensor("sink_logits", sink_logits)
+        if sink_logits.shape != query.shape[1:2]:
+            raise InputError(
+                f"sink_logits must be [num_q_heads] = ({query.shape[1]},), "
+                f"got {_shape(sink_logits)}"
+            )
+        if bool(sink_logits.isnan().any()):
+            raise InputError("sink_logits must be numbers, got NaN")
 
 
 def check_rows(rows: Tensor, batch: int) -> None:

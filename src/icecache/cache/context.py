@@ -20,7 +20,7 @@ from icecache.config import IceCacheConfig
 
 __all__ = ["Context", "Dense"]
 
-_TAIL_SLACK = 256
+_TAIL_SLACK = 64
 
 
 class Dense(NamedTuple):
@@ -105,7 +105,7 @@ class Context:
         assert self.indexed is not None
         built = self.indexed.add(self._flatten(leaving))
         self.tail.drop_oldest(leaving)
-        if max(leaving) > _TAIL_SLACK:
+        if max(leaving) > 2 * _TAIL_SLACK:
             self.tail.release()
         moved = sum(leaving) * self._num_kv_heads
         return (0, moved) if built else (moved, 0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.dispatch import resolve_backend
@@ -16,7 +17,7 @@ from icecache.store.placement import RowPages, pack
 from icecache.store.pool import PagePool
 from icecache.store.residency import InPlace
 from icecache.tree.build import Leaves, build_leaves
-from icecache.tree.insert import NO_LEAF, Pieces, assign, cut
+from icecache.tree.insert import assign, cut
 from icecache.tree.paper import paper_leaves
 from icecache.tree.table import NO_SLOT, LeafTable
 
@@ -176,12 +177,13 @@ class IndexedTokens:
         return self.pool.allocate(num_pages)
 
     def _insert(self, tokens: FlatTokens) -> None:
-        """Put each token in its nearest leaf; see `tree.insert` and `_settle_leaf`."""
+        """Put each token in its nearest leaf; see `tree.insert` and `cache.placer`."""
         nearest = assign(self.table, tokens.keys.float(), tokens.row, self._native)
         pairs = torch.stack([tokens.row, nearest], 1)
         touched, which = torch.unique(pairs, dim=0, return_inverse=True)
         leaves = [(row, leaf) for row, leaf in touched.tolist()]
-        old = [self._tokens_of_leaf(row, leaf) for row, leaf in leaves]
+        placer = Placer(self.table, self.pool, self.row_pages)
+        old = [placer.tokens_of_leaf(row, leaf) for row, leaf in leaves]
         old_which = torch.tensor([i for i, ts in enumerate(old) for _ in ts], dtype=torch.int64)
         old_tokens = torch.tensor([t for ts in old for t in ts], dtype=torch.int64)
         old_keys, old_values = self.pool.read(old_tokens)
@@ -192,104 +194,11 @@ class IndexedTokens:
             torch.cat([self.pool.positions_of(old_tokens), tokens.positions]),
         )
         pieces = cut(all_.keys.float(), all_.row, len(leaves), self._config.leaf_size)
-        place, leaf_of_piece = self._settle(leaves, pieces, old_tokens.numel())
+        place, leaf_of_piece = placer.settle(leaves, pieces, old_tokens.numel())
         at = torch.tensor(place)
         self.pool.write(at, all_.keys, all_.values, all_.positions)
         row_of_piece = touched[:, 0][pieces.leaf]
         self.table.summarize(row_of_piece, leaf_of_piece, pieces.ids, all_.keys, all_.values)
-
-    def _settle(
-        self, leaves: list[tuple[int, int]], pieces: Pieces, num_old: int
-    ) -> tuple[list[int], Tensor]:
-        """Give every piece a leaf number and its tokens a place; tokens' order is `pieces.ids`'.
-
-        Returns the tokens' places, page * page_size + slot, and the pieces' leaves.
-        """
-        size = self._config.page_size
-        members: list[list[int]] = [[] for _ in range(pieces.leaf.shape[0])]
-        for number, piece in enumerate(pieces.ids.tolist()):
-            members[piece].append(number)
-        of_leaf: list[list[int]] = [[] for _ in leaves]
-        for piece, touched in enumerate(pieces.leaf.tolist()):
-            of_leaf[touched].append(piece)
-        place = [NO_LEAF] * pieces.ids.shape[0]
-        leaf_of_piece = [0] * len(members)
-        first_old = 0
-        for (row, leaf), its_pieces in zip(leaves, of_leaf, strict=True):
-            # read again: an earlier leaf of this call may have moved the page they share
-            old = self._tokens_of_leaf(row, leaf)
-            place[first_old : first_old + len(old)] = old
-            first_old += len(old)
-            self._settle_leaf(row, [members[p] for p in its_pieces], place)
-            for i, piece in enumerate(its_pieces):
-                number = leaf if i == 0 and leaf != NO_LEAF else self.table.add(row, 1)
-                leaf_of_piece[piece] = number
-                at = [place[m] for m in members[piece]]
-                self.table.place(row, number, at[0] // size, [t % size for t in at])
-        if first_old != num_old:
-            raise IntegrityError(f"{num_old} tokens read, {first_old} placed again")
-        return place, torch.tensor(leaf_of_piece)
-
-    def _settle_leaf(self, row: int, pieces: list[list[int]], place: list[int]) -> None:
-        """Find slots for the pieces of one leaf, in `place`; what has a slot keeps it if it can.
-
-        Pieces leave the leaf's page, the one with the fewest tokens there first, until the rest
-        fits; those that left go to the fullest page with room.
-        """
-        held, size = self.row_pages[row], self._config.page_size
-        old = [m for piece in pieces for m in piece if place[m] != NO_LEAF]
-        leaving = list(pieces)
-        if old:
-            page = self._own(row, place[old[0]] // size)
-            for m in old:
-                place[m] = page * size + place[m] % size
-            leaving, staying = [], sorted(pieces, key=lambda p: sum(place[m] != NO_LEAF for m in p))
-            room = held.free_slots(page) + len(old)
-            while sum(map(len, staying)) > room:
-                leaving.append(staying.pop(0))
-            gone = [m for piece in leaving for m in piece if place[m] != NO_LEAF]
-            self._vacate(row, page, [place[m] for m in gone])
-            for m in gone:
-                place[m] = NO_LEAF
-            self._fill(row, page, [m for p in staying for m in p if place[m] == NO_LEAF], place)
-        for piece in leaving:
-            target = self._own(row, held.fullest_with(len(piece)))
-            self._fill(row, target, piece, place)
-
-    def _own(self, row: int, page: int) -> int:
-        """Return the page, or the row's own copy of it where other rows hold it too."""
-        if not self.pool.is_shared(page):
-            return page
-        held = self.row_pages[row]
-        copy, free = self.pool.copy_page(page), held.free_slots(page)
-        held.drop(page)
-        held.hold(copy, free)
-        self.table.move_page(row, page, copy)
-        return copy
-
-    def _vacate(self, row: int, page: int, tokens: list[int]) -> None:
-        if not tokens:
-            return
-        self.pool.clear(tokens)
-        held = self.row_pages[row]
-        held.hold(page, held.free_slots(page) + len(tokens))
-        if held.free_slots(page) == self._config.page_size:
-            held.drop(page)
-
-    def _fill(self, row: int, page: int, members: list[int], place: list[int]) -> None:
-        if not members:
-            return
-        slots = self.pool.claim(page, len(members))
-        for m, slot in zip(members, slots, strict=True):
-            place[m] = page * self._config.page_size + slot
-        held = self.row_pages[row]
-        held.hold(page, held.free_slots(page) - len(members))
-
-    def _tokens_of_leaf(self, row: int, leaf: int) -> list[int]:
-        if leaf == NO_LEAF:
-            return []
-        page, slots = self.table.leaf(row, leaf)
-        return [page * self._config.page_size + slot for slot in slots]
 
     def check_integrity(self, positions: list[range]) -> None:
         """Raise `IntegrityError` unless every token is where the leaves say, exactly once.

@@ -50,9 +50,9 @@ class IceCacheLayer:
         device: str | torch.device = "cpu",
     ) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
         self.config = config
         self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
@@ -199,7 +199,7 @@ class IceCacheLayer:
         self._counters.tokens_attended = float(self.num_tokens)
         out: Tensor = self._ops.attend_dense(query, *dense, scaling, softcap, sink_logits)
         if num_queries > 1:
-            self._settle(self.config.window + min(num_queries, self.config.draft))
+            self._settle(self.config.window + min(self._unsettled, self.config.draft))
         return out.to(query.dtype)
 
     @torch.no_grad()
@@ -219,6 +219,8 @@ class IceCacheLayer:
             raise InputError(f"inspect needs an indexed context, the layer is {self.phase.value}")
         scaling = self.head_dim**-0.5 if scaling is None else scaling
         self._check_query(query, scaling, softcap, sink_logits)
+        if query.shape[2] != 1:
+            raise InputError(f"inspect takes one query token, got {query.shape[2]}")
         self._settle(self.config.window)
         return inspect_step(
             self._context, self.config, self._backend, query, scaling, softcap, sink_logits

@@ -44,11 +44,15 @@ class RowPages:
         del self._by_free_slots[self._free_slots.pop(page)][page]
         self._pool.release([page])
 
-    def fullest_with(self, room: int) -> int:
-        """Return the fullest page with room for that many tokens; a new one if there is none."""
+    def fullest_with(self, room: int, besides: int | None = None) -> int:
+        """Return the fullest page with room for that many tokens; a new one if there is none.
+
+        besides: a page that is not wanted.
+        """
         for pages in self._by_free_slots[room:-1]:
             for page in pages:
-                return page
+                if page != besides:
+                    return page
         (page,) = self._pool.allocate(1)
         self.hold(page, self._pool.page_size)
         return page

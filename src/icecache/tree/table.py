@@ -56,6 +56,11 @@ class LeafTable:
         return len(self.num_leaves)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all leaves."""
+        return int(self._arrays["count"].sum())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the leaves in use."""
         return sum(self.num_leaves) * self.leaf_bytes
@@ -112,6 +117,13 @@ class LeafTable:
         """Return a leaf's page and slots."""
         slots = self._numpy("slots")[row, leaf, : self._numpy("count")[row, leaf]]
         return int(self._numpy("page")[row, leaf]), slots.tolist()
+
+    def leaves_in(self, row: int, page: int) -> list[int]:
+        """Return the row's leaves in a page."""
+        found: list[int] = np.flatnonzero(
+            self._numpy("page")[row, : self.num_leaves[row]] == page
+        ).tolist()
+        return found
 
     def count(self, row: int, leaf: int) -> int:
         """Return a leaf's number of tokens."""
