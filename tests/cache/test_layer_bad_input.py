@@ -283,13 +283,6 @@ def test_an_empty_layer_stays_empty(bad: Bad, message: str) -> None:
     assert layer.batch_size == 3
 
 
-def test_a_row_without_any_token_is_refused_at_first() -> None:
-    layer = small_layer()
-    with pytest.raises(InputError, match="mask must leave every row at least one token"):
-        layer.prefill(*GOOD, left_padded([4, 0]))
-    assert layer.stats() == small_layer().stats()
-
-
 def test_attend_on_an_empty_layer() -> None:
     layer = small_layer()
     with pytest.raises(InputError, match="attend needs tokens: call prefill or append first"):

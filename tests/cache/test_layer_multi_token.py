@@ -116,3 +116,13 @@ def test_an_old_token_cannot_ask_again() -> None:
     with pytest.raises(InputError, match="query has 4 tokens, the latest call gave 3"):
         layer.attend(make_query(2, 1, 4, 4))
     assert layer.attend(make_query(3, 1, 4, 3)).shape == (1, 4, 3, 16)
+
+
+def test_tokens_that_were_taken_back_cannot_ask() -> None:
+    layer = small_layer()
+    layer.prefill(*make_tokens(0, 1, 60))
+    layer.append(*make_tokens(1, 1, 6))
+    layer.crop(4)
+    with pytest.raises(InputError, match="query has 3 tokens, the latest call gave 2"):
+        layer.attend(make_query(2, 1, 4, 3))
+    assert layer.attend(make_query(3, 1, 4, 2)).shape == (1, 4, 2, 16)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icecache.config import IceCacheConfig
-from icecache.store.placement import RowPages, pack
+from icecache.store.packing import pack
+from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.tree.build import build_leaves
 from tests.helpers import clustered
@@ -76,45 +77,56 @@ def test_pack_nothing() -> None:
 )
 def test_row_pages_find_the_fullest_page_with_room(trace: list[tuple[str, int]]) -> None:
     pool = PagePool(8, 2, torch.float32)
-    row, model = RowPages(pool), dict[int, int]()
+    table, model = PageTable(pool, 1), dict[int, int]()
     for op, number in trace:
         page = sorted(model)[number % len(model)] if model else None
         if op == "take":
             room = 1 + number % 8
             fitting = [free for free in model.values() if free >= room]
-            found = row.fullest_with(room)
-            assert row.free_slots(found) == (min(fitting) if fitting else 8)
-            model[found] = row.free_slots(found) - room
-            row.hold(found, model[found])
+            found = table.fullest_with(0, room)
+            assert table.free_slots(0, found) == (min(fitting) if fitting else 8)
+            model[found] = table.free_slots(0, found) - room
+            table.change_free(0, found, -room)
         elif page is not None and op == "give":
-            model[page] = min(8, model[page] + 1 + number % 3)
-            row.hold(page, model[page])
+            more = min(8 - model[page], 1 + number % 3)
+            model[page] += more
+            table.change_free(0, page, more)
         elif page is not None:
-            row.drop(page)
+            table.drop(0, page)
             del model[page]
-        assert {page: row.free_slots(page) for page in row.pages} == model
-        pool.check_integrity([row.pages])
+        assert {page: table.free_slots(0, page) for page in table.pages(0)} == model
+        pool.check_integrity([table.pages(0)])
 
 
 def test_a_full_page_is_never_found() -> None:
-    row = RowPages(PagePool(4, 2, torch.float32))
-    first = row.fullest_with(4)
-    row.hold(first, 0)
-    assert row.fullest_with(1) != first
+    table = PageTable(PagePool(4, 2, torch.float32), 1)
+    first = table.fullest_with(0, 4)
+    table.change_free(0, first, -4)
+    assert table.fullest_with(0, 1) != first
 
 
-def test_a_copy_shares_the_pages_until_one_lets_go() -> None:
+def test_the_unwanted_page_is_not_found() -> None:
+    table = PageTable(PagePool(4, 2, torch.float32), 1)
+    first = table.fullest_with(0, 4)
+    assert table.fullest_with(0, 1) == first
+    assert table.fullest_with(0, 1, besides=first) != first
+
+
+def test_repeated_rows_share_their_pages_until_one_lets_go() -> None:
     pool = PagePool(4, 2, torch.float32)
-    row = RowPages(pool)
+    table = PageTable(pool, 2)
     for free in (2, 0, 3):
-        row.hold(row.fullest_with(4), free)
-    other = row.copy()
-    assert other.pages == row.pages
-    assert all(pool.is_shared(page) for page in row.pages)
-    pool.check_integrity([row.pages, other.pages])
-    dropped = row.pages[0]
-    row.drop(dropped)
+        page = table.fullest_with(0, 4)
+        table.change_free(0, page, free - 4)
+    table.fullest_with(1, 4)
+    table.reorder([0, 0])
+    assert pool.num_pages == 3
+    assert table.pages(1) == table.pages(0)
+    assert all(pool.is_shared(page) for page in table.pages(0))
+    pool.check_integrity([table.pages(0), table.pages(1)])
+    dropped = table.pages(0)[0]
+    table.drop(0, dropped)
     assert not pool.is_shared(dropped)
-    assert dropped in other.pages
-    pool.check_integrity([row.pages, other.pages])
+    assert dropped in table.pages(1)
+    pool.check_integrity([table.pages(0), table.pages(1)])
     assert pool.num_pages == 3

@@ -103,12 +103,11 @@ class Context:
         if not any(leaving):
             return 0, 0
         assert self.indexed is not None
-        built = self.indexed.add(self._flatten(leaving))
+        inserted = self.indexed.add(self._flatten(leaving))
         self.tail.drop_oldest(leaving)
         if max(leaving) > 2 * _TAIL_SLACK:
             self.tail.release()
-        moved = sum(leaving) * self._num_kv_heads
-        return (0, moved) if built else (moved, 0)
+        return inserted, sum(leaving) * self._num_kv_heads - inserted
 
     def spans(self) -> list[Span]:
         """Return sink and window where they lie; the same tokens as `fixed`."""

@@ -13,7 +13,8 @@ from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.dispatch import resolve_backend
-from icecache.store.placement import RowPages, pack
+from icecache.store.packing import pack
+from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.store.residency import InPlace
 from icecache.tree.build import Leaves, build_leaves
@@ -64,22 +65,27 @@ class IndexedTokens:
         self.pool = PagePool(config.page_size, head_dim, dtype)
         self.table = LeafTable(num_rows, head_dim, config.leaf_size)
         self.residency = InPlace()
-        self.row_pages = [RowPages(self.pool) for _ in range(num_rows)]
+        self.pages = PageTable(self.pool, num_rows)
         self.lens = [0] * num_rows
 
-    def add(self, tokens: FlatTokens) -> bool:
-        """Take tokens in: a few one leaf at a time, many as leaves of their own.
+    def add(self, tokens: FlatTokens) -> int:
+        """Take tokens in: few to a row that has leaves join those, others become leaves.
 
-        Returns whether leaves of their own were built.
+        Each row decides for itself, so that it does not depend on its batch. Returns how many
+        tokens joined leaves.
         """
-        per_row = torch.bincount(tokens.row, minlength=self.table.num_rows).tolist()
-        few = max(per_row) <= _INSERT_AT_MOST and any(self.lens)
-        if few:
-            self._insert(tokens)
-        else:
-            self._build(tokens, per_row)
-        self.lens = [have + new for have, new in zip(self.lens, per_row, strict=True)]
-        return not few
+        per_row = torch.bincount(tokens.row, minlength=self.table.num_rows)
+        has_leaves = torch.tensor([have > 0 for have in self.lens])
+        joining = has_leaves & (per_row <= _INSERT_AT_MOST)
+        joins = joining[tokens.row]
+        num_joining = int(joins.sum())
+        if num_joining:
+            self._insert(tokens if bool(joins.all()) else _pick(tokens, joins))
+        if num_joining < joins.numel():
+            rest = _pick(tokens, ~joins) if num_joining else tokens
+            self._build(rest, per_row.masked_fill(joining, 0).tolist())
+        self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
+        return num_joining
 
     def read_all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return all keys and values by position, and which are real.
@@ -89,8 +95,8 @@ class IndexedTokens:
         longest = max(self.lens)
         index = torch.zeros(len(self.lens), longest, dtype=torch.int64)
         valid = torch.zeros(len(self.lens), longest, dtype=torch.bool)
-        for row, held in enumerate(self.row_pages):
-            tokens, _ = self.pool.tokens_of(held.pages)
+        for row in range(len(self.lens)):
+            tokens, _ = self.pool.tokens_of(self.pages.pages(row))
             index[row, : tokens.shape[0]] = tokens
             valid[row, : tokens.shape[0]] = True
         if longest == 0 or not valid.any():
@@ -106,15 +112,8 @@ class IndexedTokens:
     def reorder(self, rows: Tensor) -> None:
         """Take rows in a new order, repeated or dropped; repeated rows share their pages."""
         self.table.reorder(rows)
-        old, kept = self.row_pages, set()
-        self.row_pages, self.lens = [], [self.lens[row] for row in rows.tolist()]
-        for row in rows.tolist():
-            self.row_pages.append(old[row].copy() if row in kept else old[row])
-            kept.add(row)
-        for row, held in enumerate(old):
-            if row not in kept:
-                for page in held.pages:
-                    held.drop(page)
+        self.pages.reorder(rows.tolist())
+        self.lens = [self.lens[row] for row in rows.tolist()]
 
     def _build(self, tokens: FlatTokens, per_row: list[int]) -> None:
         config = self._config
@@ -160,8 +159,7 @@ class IndexedTokens:
             free = [page_size] * num_pages
             for p, size in zip(packed, sizes[span], strict=True):
                 free[p] -= size
-            for number, left in zip(pages, free, strict=True):
-                self.row_pages[row].hold(number, left)
+            self.pages.hold(row, pages, free)
             first += num
         page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
         slot = torch.empty_like(page)
@@ -182,7 +180,7 @@ class IndexedTokens:
         pairs = torch.stack([tokens.row, nearest], 1)
         touched, which = torch.unique(pairs, dim=0, return_inverse=True)
         leaves = [(row, leaf) for row, leaf in touched.tolist()]
-        placer = Placer(self.table, self.pool, self.row_pages)
+        placer = Placer(self.table, self.pool, self.pages)
         old = [placer.tokens_of_leaf(row, leaf) for row, leaf in leaves]
         old_which = torch.tensor([i for i, ts in enumerate(old) for _ in ts], dtype=torch.int64)
         old_tokens = torch.tensor([t for ts in old for t in ts], dtype=torch.int64)
@@ -209,17 +207,18 @@ class IndexedTokens:
             The positions that each row must hold.
         """
         self.table.check_integrity()
-        self.pool.check_integrity([held.pages for held in self.row_pages])
+        held = [self.pages.pages(row) for row in range(len(self.lens))]
+        self.pool.check_integrity(held)
         tokens, real = self.table.tokens(self._config.page_size)
-        for row, held in enumerate(self.row_pages):
-            in_pages, found = self.pool.tokens_of(held.pages)
+        for row, pages in enumerate(held):
+            in_pages, found = self.pool.tokens_of(pages)
             if found.tolist() != list(positions[row]):
                 raise IntegrityError(f"row {row}: positions in pages are not {positions[row]}")
             in_leaves = tokens[row][real[row]].sort().values
             if not torch.equal(in_leaves, in_pages.sort().values):
                 raise IntegrityError(f"row {row}: tokens in leaves differ from those in pages")
-            for page in held.pages:
-                if held.free_slots(page) != len(self.pool.free_slots(page)):
+            for page in pages:
+                if self.pages.free_slots(row, page) != len(self.pool.free_slots(page)):
                     raise IntegrityError(f"row {row}: free slots of page {page} are miscounted")
         self._check_summaries(tokens, real)
 
@@ -241,6 +240,10 @@ class IndexedTokens:
             tolerance = 1.0 if name.endswith("mean") else 1e-3 * float(made.abs().max()) + 1e-6
             if float((kept - made).abs().max()) > tolerance:
                 raise IntegrityError(f"{name} differs from what the tokens give")
+
+
+def _pick(tokens: FlatTokens, which: Tensor) -> FlatTokens:
+    return FlatTokens(*(part[which] for part in tokens))
 
 
 def _rank_within(ids: Tensor) -> Tensor:

@@ -126,8 +126,6 @@ class IceCacheLayer:
         if mask is not None and bool(mask.all()):
             mask = None
         batch, _, num_new, _ = keys.shape
-        if mask is not None and self._context is None and not bool(mask.any(1).all()):
-            raise InputError("mask must leave every row at least one token")
         needed = self.estimate_bytes(batch, num_new)
         check_host_limit(needed, self._held_bytes(), self.config.max_host_memory)
         # only calls of some size ask the system: the question itself takes time

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icecache.errors import IntegrityError
-from icecache.store.placement import RowPages
+from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.tree.insert import NO_LEAF, Pieces
 from icecache.tree.table import LeafTable
@@ -23,12 +23,11 @@ class Placer:
     ----------
     table : LeafTable
     pool : PagePool
-    row_pages : list of RowPages
-        The pages of each row of the table.
+    pages : PageTable
     """
 
-    def __init__(self, table: LeafTable, pool: PagePool, row_pages: list[RowPages]) -> None:
-        self._table, self._pool, self._row_pages = table, pool, row_pages
+    def __init__(self, table: LeafTable, pool: PagePool, pages: PageTable) -> None:
+        self._table, self._pool, self._pages = table, pool, pages
 
     def tokens_of_leaf(self, row: int, leaf: int) -> list[int]:
         if leaf == NO_LEAF:
@@ -80,7 +79,7 @@ class Placer:
         other leaves there moves to the fullest page with room for it: small leaves fill the gaps
         that large ones leave. `settled`: leaves of this call whose tokens are not written yet.
         """
-        held, size = self._row_pages[row], self._pool.page_size
+        held, size = self._pages, self._pool.page_size
         old = [m for piece in pieces for m in piece if place[m] != NO_LEAF]
         leaving = list(pieces)
         if old:
@@ -89,7 +88,7 @@ class Placer:
                 place[m] = page * size + place[m] % size
             leaving, staying = [], sorted(pieces, key=len)
             others = self._leaves_in(row, page, settled | {leaf})
-            while sum(map(len, staying)) > held.free_slots(page) + sum(
+            while sum(map(len, staying)) > held.free_slots(row, page) + sum(
                 place[m] != NO_LEAF for piece in staying for m in piece
             ):
                 if others and others[0][0] < len(staying[0]):
@@ -101,10 +100,10 @@ class Placer:
                 for m in gone:
                     place[m] = NO_LEAF
             self._fill(row, page, [m for p in staying for m in p if place[m] == NO_LEAF], place)
-            if held.free_slots(page) == size:
-                held.drop(page)
+            if held.free_slots(row, page) == size:
+                held.drop(row, page)
         for piece in leaving:
-            target = self._own(row, held.fullest_with(len(piece)))
+            target = self._own(row, held.fullest_with(row, len(piece)))
             self._fill(row, target, piece, place)
 
     def _leaves_in(self, row: int, page: int, besides: set[int]) -> list[tuple[int, int]]:
@@ -114,11 +113,11 @@ class Placer:
 
     def _move_leaf(self, row: int, leaf: int, page: int) -> None:
         """Move a leaf out of its page, to the fullest other page with room."""
-        held, size = self._row_pages[row], self._pool.page_size
+        held, size = self._pages, self._pool.page_size
         tokens = self.tokens_of_leaf(row, leaf)
         keys, values = self._pool.read(torch.tensor(tokens))
         positions = self._pool.positions_of(torch.tensor(tokens))
-        target = self._own(row, held.fullest_with(len(tokens), besides=page))
+        target = self._own(row, held.fullest_with(row, len(tokens), besides=page))
         place = [NO_LEAF] * len(tokens)
         self._fill(row, target, list(range(len(tokens))), place)
         self._pool.write(torch.tensor(place), keys, values, positions)
@@ -129,10 +128,8 @@ class Placer:
         """Return the page, or the row's own copy of it where other rows hold it too."""
         if not self._pool.is_shared(page):
             return page
-        held = self._row_pages[row]
-        copy, free = self._pool.copy_page(page), held.free_slots(page)
-        held.drop(page)
-        held.hold(copy, free)
+        copy = self._pool.copy_page(page)
+        self._pages.replace(row, page, copy)
         self._table.move_page(row, page, copy)
         return copy
 
@@ -140,8 +137,7 @@ class Placer:
         if not tokens:
             return
         self._pool.clear(tokens)
-        held = self._row_pages[row]
-        held.hold(page, held.free_slots(page) + len(tokens))
+        self._pages.change_free(row, page, len(tokens))
 
     def _fill(self, row: int, page: int, members: list[int], place: list[int]) -> None:
         if not members:
@@ -149,5 +145,4 @@ class Placer:
         slots = self._pool.claim(page, len(members))
         for m, slot in zip(members, slots, strict=True):
             place[m] = page * self._pool.page_size + slot
-        held = self._row_pages[row]
-        held.hold(page, held.free_slots(page) - len(members))
+        self._pages.change_free(row, page, -len(members))
