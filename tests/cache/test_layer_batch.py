@@ -193,3 +193,43 @@ def test_no_gradients_are_kept() -> None:
     assert not any(out.requires_grad for out in outs)
     assert not layer._context.tail._keys.requires_grad
     layer.check_integrity()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_long_turn_beside_short_ones(backend: str) -> None:
+    """One row's turn is built, the others' are inserted: each as it would be alone."""
+    layer, apart = small_layer(backend=backend), _Apart(3, backend=backend)
+    prompt, mask = make_tokens(30, 3, 90), left_padded(LENS)
+    layer.prefill(*prompt, mask)
+    apart.append(prompt, mask)
+    _assert_alike(layer, apart, make_query(31, 3, 4))
+    turn, mask = make_tokens(32, 3, 400), left_padded([3, 400, 40])
+    layer.append(*turn, mask)
+    apart.append(turn, mask)
+    _assert_alike(layer, apart, make_query(33, 3, 4))
+    counted = layer.stats().inserted, layer.stats().built
+    alone = [one.stats() for one in apart.layers]
+    assert counted == (sum(s.inserted for s in alone), sum(s.built for s in alone))
+    layer.check_integrity()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("tokens", [10, 60])
+def test_a_row_may_be_empty_at_first(tokens: int, backend: str) -> None:
+    layer, mask = small_layer(backend=backend), left_padded([tokens, 0])
+    prompt = make_tokens(34, 2, tokens)
+    layer.prefill(*prompt, mask)
+    rows = PlainRows.of(prompt, mask)
+    assert float(layer.attend(make_query(35, 2, 4))[1].abs().max()) == 0.0
+    assert layer.row_lens == [tokens, 0]
+    for step in range(40):
+        token, query = make_tokens(40 + step, 2, 1), make_query(90 + step, 2, 4)
+        layer.append(*token)
+        rows.append(token)
+        poison(layer)
+        out = layer.attend(query)
+        assert bool(torch.isfinite(out).all())
+        if rows.lens[1] <= layer.config.budget:
+            assert float((out[1] - rows.attend(1, query[1])).abs().max()) <= 1e-5
+    assert layer.row_lens == rows.lens
+    layer.check_integrity()

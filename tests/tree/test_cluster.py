@@ -171,13 +171,13 @@ def test_sort_within_is_stable() -> None:
 
 
 def test_build_leaves_ignores_a_common_offset() -> None:
-    """Keys with a large common offset are clustered as without it (they are centred first)."""
+    """Keys with a large common offset are clustered as without it: they are centred first."""
     config = IceCacheConfig()
     keys = clustered(10, 600, 64).mul(1024).round() / 1024
-    plain, shifted = (build_leaves(k, [400, 200], config) for k in (keys, keys + 64.0))
+    plain, shifted = (build_leaves(k, [400, 200], config) for k in (keys, keys + 4096.0))
     same = plain.ids == shifted.ids
     assert plain.per_row == shifted.per_row
-    assert float(same.float().mean()) > 0.99
+    assert float(same.float().mean()) > 0.95
 
 
 def test_parents_hold_near_leaves_of_one_row() -> None:
