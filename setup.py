@@ -6,8 +6,8 @@ setup(
     ext_modules=[
         Extension(
             "icecache.ops._native",
-            sources=["src/icecache/ops/native/step.c"],
-            depends=["src/icecache/ops/native/vector.h"],
+            sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert")],
+            depends=[f"src/icecache/ops/native/{name}.h" for name in ("layer", "vector")],
             # sums may be reordered, so that they become vector code; infinities stay infinities
             extra_compile_args=[
                 "-O3",

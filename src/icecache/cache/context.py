@@ -14,7 +14,8 @@ from torch import Tensor
 
 from icecache.attention.attend import Fixed
 from icecache.attention.native import Span
-from icecache.cache.indexed import FlatTokens, IndexedTokens
+from icecache.cache.flat import FlatTokens
+from icecache.cache.indexed import IndexedTokens
 from icecache.cache.tail import Tail
 from icecache.config import IceCacheConfig
 
@@ -78,7 +79,7 @@ class Context:
     @property
     def index_bytes(self) -> int:
         """Bytes of the summaries and of where tokens are."""
-        return 0 if self.indexed is None else self.indexed.table.nbytes
+        return 0 if self.indexed is None else self.indexed.index_bytes
 
     @property
     def full_cache_bytes(self) -> int:

@@ -4,11 +4,11 @@ This is where the tree (which tokens belong together) and the store (where they 
 token is in exactly one leaf, every leaf in one page of its row.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from icecache.cache.flat import FlatTokens
+from icecache.cache.native_insert import insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
@@ -22,26 +22,10 @@ from icecache.tree.insert import assign, cut
 from icecache.tree.paper import paper_leaves
 from icecache.tree.table import NO_SLOT, LeafTable
 
-__all__ = ["FlatTokens", "IndexedTokens"]
+__all__ = ["IndexedTokens"]
 
 _INSERT_AT_MOST = 256
 _GROWTH_TOKENS = 4096
-
-
-class FlatTokens(NamedTuple):
-    """Tokens of all rows, one row after the other.
-
-    Attributes
-    ----------
-    keys, values : shape [tokens, head_dim]
-    row : shape [tokens], int64, rising
-    positions : shape [tokens], int64. Position in the row's context, counted without padding.
-    """
-
-    keys: Tensor
-    values: Tensor
-    row: Tensor
-    positions: Tensor
 
 
 class IndexedTokens:
@@ -68,6 +52,11 @@ class IndexedTokens:
         self.pages = PageTable(self.pool, num_rows)
         self.lens = [0] * num_rows
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the summaries and of where tokens are."""
+        return self.table.nbytes + self.pages.nbytes
+
     def add(self, tokens: FlatTokens) -> int:
         """Take tokens in: few to a row that has leaves join those, others become leaves.
 
@@ -79,10 +68,16 @@ class IndexedTokens:
         joining = has_leaves & (per_row <= _INSERT_AT_MOST)
         joins = joining[tokens.row]
         num_joining = int(joins.sum())
+        if self._native and num_joining == joins.numel() and int(per_row.max()) == 1:
+            left = insert_native(tokens, self.table, self.pool, self.pages)
+            if left is not None:
+                self._insert(tokens.pick(left))
+            self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
+            return num_joining
         if num_joining:
-            self._insert(tokens if bool(joins.all()) else _pick(tokens, joins))
+            self._insert(tokens if bool(joins.all()) else tokens.pick(joins))
         if num_joining < joins.numel():
-            rest = _pick(tokens, ~joins) if num_joining else tokens
+            rest = tokens.pick(~joins) if num_joining else tokens
             self._build(rest, per_row.masked_fill(joining, 0).tolist())
         self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
         return num_joining
@@ -240,10 +235,6 @@ class IndexedTokens:
             tolerance = 1.0 if name.endswith("mean") else 1e-3 * float(made.abs().max()) + 1e-6
             if float((kept - made).abs().max()) > tolerance:
                 raise IntegrityError(f"{name} differs from what the tokens give")
-
-
-def _pick(tokens: FlatTokens, which: Tensor) -> FlatTokens:
-    return FlatTokens(*(part[which] for part in tokens))
 
 
 def _rank_within(ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ looks at one byte a page.
 
 import numpy as np
 
+from icecache.ops.native import Pages
 from icecache.store.pool import PagePool
 
 __all__ = ["PageTable"]
@@ -29,6 +30,20 @@ class PageTable:
         self.num_pages = np.zeros(num_rows, dtype=np.int32)
         self.page_of = np.zeros((num_rows, 0), dtype=np.int32)
         self.free = np.zeros((num_rows, 0), dtype=np.uint8)
+
+    def native_pages(self) -> Pages:
+        """Return the addresses of pool and table for the compiled ops, valid until they grow."""
+        arrays = (self.num_pages, self.page_of, self.free)
+        num_pages, page_of, free = (array.ctypes.data for array in arrays)
+        return Pages(
+            data=self._pool.address,
+            positions=self._pool.positions_address,
+            holders=self._pool.holders_address,
+            num_pages=num_pages,
+            page_of=page_of,
+            free=free,
+            page_capacity=self.page_of.shape[1],
+        )
 
     @property
     def nbytes(self) -> int:

@@ -50,6 +50,16 @@ class PagePool:
         return self._data.data_ptr()
 
     @property
+    def positions_address(self) -> int:
+        """Address of the positions; as `address`."""
+        return self._positions.ctypes.data
+
+    @property
+    def holders_address(self) -> int:
+        """Address of the holders; as `address`."""
+        return self._holders.ctypes.data
+
+    @property
     def num_pages(self) -> int:
         """Pages in use."""
         return self._holders.shape[0] - len(self._free)

@@ -84,6 +84,10 @@ class LeafTable:
         arrays = {name: pointer(array) for name, array in self._arrays.items()}
         return NativeLeaves(num_leaves=pointer(num_leaves), **arrays), num_leaves
 
+    def take_native(self, num_leaves: Tensor) -> None:
+        """Take the rows' lengths back from compiled ops that added leaves."""
+        self.num_leaves = num_leaves.tolist()
+
     def view(self) -> LeafView:
         """Return the summaries up to the longest row."""
         a, longest = self._arrays, max(self.num_leaves, default=0)

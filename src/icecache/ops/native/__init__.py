@@ -1,4 +1,4 @@
-"""The compiled ops: step.c through ctypes.
+"""The compiled ops: step.c and insert.c through ctypes.
 
 Built at installation where there is a C compiler. `load` says clearly where it is not.
 """
@@ -14,14 +14,24 @@ from torch import Tensor
 
 from icecache.errors import BackendUnavailable
 
-__all__ = ["DTYPES", "MAX_HEADS", "Leaves", "Segment", "Shape", "is_built", "load", "pointer"]
+__all__ = [
+    "DTYPES",
+    "MAX_HEADS",
+    "Leaves",
+    "Pages",
+    "Segment",
+    "Shape",
+    "is_built",
+    "load",
+    "pointer",
+]
 
 MAX_HEADS = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Shape(ctypes.Structure):
-    """`Shape` of step.c."""
+    """`Shape` of layer.h."""
 
     _fields_ = [
         *((name, c_int64) for name in ("rows", "heads", "dim", "leaf_size", "page_size")),
@@ -32,7 +42,7 @@ class Shape(ctypes.Structure):
 
 
 class Leaves(ctypes.Structure):
-    """`Leaves` of step.c."""
+    """`Leaves` of layer.h."""
 
     _fields_ = [
         (name, c_void_p)
@@ -47,6 +57,18 @@ class Leaves(ctypes.Structure):
             "page",
             "slots",
         )
+    ]
+
+
+class Pages(ctypes.Structure):
+    """`Pages` of insert.c."""
+
+    _fields_ = [
+        *(
+            (name, c_void_p)
+            for name in ("data", "positions", "holders", "num_pages", "page_of", "free")
+        ),
+        ("page_capacity", c_int64),
     ]
 
 
@@ -98,6 +120,15 @@ def load() -> ctypes.CDLL:
         c_void_p,
     ]
     library.icecache_nearest_leaf.restype = c_int
+    library.icecache_insert.argtypes = [
+        POINTER(Shape),
+        POINTER(Leaves),
+        POINTER(Pages),
+        *(c_void_p,) * 4,
+        c_int64,
+        c_void_p,
+    ]
+    library.icecache_insert.restype = c_int
     return library
 
 

@@ -8,27 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "layer.h"
 #include "vector.h"
 
 #define LARGEST_CORRECTION 2.0f
-
-typedef struct {
-    int64_t rows, heads, dim, leaf_size, page_size, capacity, room;
-    int32_t dtype, remainder;
-    float scaling, softcap, spread_weight;
-} Shape;
-
-typedef struct {
-    const int32_t *num_leaves; /* [rows] */
-    const uint8_t *count;      /* [rows, capacity] */
-    const float *spread;
-    const int8_t *key_mean; /* [rows, capacity, dim] */
-    const float *key_scale;
-    const int8_t *value_mean;
-    const float *value_scale;
-    const int32_t *page;
-    const uint8_t *slots; /* [rows, capacity, leaf_size] */
-} Leaves;
 
 typedef struct {
     const void *keys, *values; /* a row's tokens are contiguous */
@@ -271,35 +254,6 @@ EXPORT int icecache_sparse_step(const Shape *shape, const Leaves *leaves, const 
                               sinks, row, out + row * per_row, num_attended + row);
         if (failed) return failed;
     }
-    return 0;
-}
-
-/* The nearest leaf of each point, -1 where the row has none; row_of_point: [points]. */
-CLONES static void nearest_of(const Shape *s, const Leaves *t, int64_t row, const float *point,
-                              int64_t *nearest, float *buffer) {
-    float least = INFINITY;
-    *nearest = -1;
-    for (int64_t l = 0; l < t->num_leaves[row]; l++) {
-        int64_t leaf = row * s->capacity + l;
-        from_int8(t->key_mean + leaf * s->dim, buffer, s->dim);
-        float scale = t->key_scale[leaf];
-        float distance = scale * (0.5f * scale * dot(buffer, buffer, s->dim) -
-                                  dot(buffer, point, s->dim));
-        if (distance < least) {
-            least = distance;
-            *nearest = l;
-        }
-    }
-}
-
-EXPORT int icecache_nearest_leaf(const Shape *shape, const Leaves *leaves, const float *points,
-                                 const int64_t *row_of_point, int64_t num_points,
-                                 int64_t *nearest) {
-    float *buffer = malloc(sizeof(float) * shape->dim);
-    if (!buffer) return -1;
-    for (int64_t i = 0; i < num_points; i++)
-        nearest_of(shape, leaves, row_of_point[i], points + i * shape->dim, nearest + i, buffer);
-    free(buffer);
     return 0;
 }
 
