@@ -11,6 +11,7 @@ from icecache.ops.native import is_built
 from tests.helpers import (
     BACKENDS,
     FAST_BACKENDS,
+    KeysValues,
     PlainRows,
     Selected,
     fixed_positions,
@@ -104,6 +105,23 @@ def test_dtypes(backend: str, dtype: torch.dtype) -> None:
     truth = slow_sparse(layer, rows, query, selected, scaling=64**-0.5)
     rounding = float(truth.abs().max()) * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
     assert largest_error(out, truth) <= rounding + 1e-5
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_smallest_halves_are_read_right(backend: str) -> None:
+    """Values below float16's normal range, to the last step of 2 ** -24."""
+    layer = _layer(dtype=torch.float16, backend=backend)
+    tokens = make_tokens(12, 1, 200, dim=64)
+    values = (tokens.values * 2.0**-17).half()
+    assert float(values.abs().mean()) < torch.finfo(torch.float16).smallest_normal
+    layer.prefill(tokens.keys.half(), values)
+    rows = PlainRows.of(KeysValues(tokens.keys.half(), values))
+    query = make_query(13, 1, 4, dim=64, dtype=torch.float16)
+    out = layer.attend(query)
+    selected = selected_by_leaves(layer, layer.inspect(query).chosen)
+    truth = slow_sparse(layer, rows, query, selected, scaling=64**-0.5)
+    assert float(truth.abs().max()) > 2e-6
+    assert largest_error(out, truth) <= 2.0**-24
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
