@@ -8,7 +8,7 @@ setup(
             "icecache.ops._native",
             sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert")],
             depends=[f"src/icecache/ops/native/{name}.h" for name in ("layer", "vector")],
-            # sums may be reordered, so that they become vector code; infinities stay infinities
+            # sums may be reordered and numbers are finite, so that loops become vector code
             extra_compile_args=[
                 "-O3",
                 "-fvisibility=hidden",
@@ -16,6 +16,7 @@ setup(
                 "-fno-trapping-math",
                 "-fassociative-math",
                 "-fno-signed-zeros",
+                "-ffinite-math-only",
             ],
             # without a compiler the same ops run in torch, and stats() says so
             optional=True,

@@ -28,7 +28,7 @@ typedef struct {
 /* The nearest leaf of each point, -1 where the row has none; row_of_point: [points]. */
 CLONES static void nearest_of(const Shape *s, const Leaves *t, int64_t row, const float *point,
                               int64_t *nearest, float *buffer) {
-    float least = INFINITY;
+    float least = 3e38f;
     *nearest = -1;
     for (int64_t l = 0; l < t->num_leaves[row]; l++) {
         int64_t leaf = row * s->capacity + l;

@@ -82,7 +82,8 @@ static void attend_token(const Shape *s, const float *weight, int64_t stride, co
 
 /* Score the leaves of a row: estimate[g, l] and correction[g, l]. */
 CLONES static void score_leaves(const Shape *s, const Leaves *t, int64_t row, const float *query,
-                                float *logits, float *correction, float *buffer) {
+                                const float *log_of, float *logits, float *correction,
+                                float *buffer) {
     int64_t num = t->num_leaves[row], first = row * s->capacity;
     float half_norm[256];
     for (int64_t g = 0; g < s->heads; g++) {
@@ -92,7 +93,7 @@ CLONES static void score_leaves(const Shape *s, const Leaves *t, int64_t row, co
     for (int64_t l = 0; l < num; l++) {
         from_int8(t->key_mean + (first + l) * s->dim, buffer, s->dim);
         float scale = s->scaling * t->key_scale[first + l], spread = t->spread[first + l];
-        float log_count = logf((float)t->count[first + l]);
+        float log_count = log_of[t->count[first + l]];
         for (int64_t g = 0; g < s->heads; g++) {
             float slope;
             float logit =
@@ -107,22 +108,24 @@ CLONES static void score_leaves(const Shape *s, const Leaves *t, int64_t row, co
 /* Choose leaves within the room; chosen[l] = 1. Returns their number of tokens. */
 CLONES static int64_t choose(const Shape *s, const Leaves *t, int64_t row, const float *logits,
                              const float *correction, const float *fixed_lse, float *worth,
-                             Candidate *candidates, uint8_t *chosen) {
+                             float *share, Candidate *candidates, uint8_t *chosen) {
     const int64_t num = t->num_leaves[row] > 0 ? t->num_leaves[row] : 0;
     const uint8_t *count = t->count + row * s->capacity;
     memset(worth, 0, sizeof(float) * (size_t)num);
     for (int64_t g = 0; g < s->heads; g++) {
         const float *lg = logits + g * num, *co = correction + g * num;
         float top = fixed_lse[g];
-        for (int64_t l = 0; l < num; l++) top = fmaxf(top, lg[l] + co[l]);
+        for (int64_t l = 0; l < num; l++) top = larger(top, lg[l] + co[l]);
         float sum = exponential(fixed_lse[g] - top);
-        for (int64_t l = 0; l < num; l++) sum += exponential(lg[l] + co[l] - top);
-        float total = top + logf(sum);
+        for (int64_t l = 0; l < num; l++) {
+            share[l] = exponential(lg[l] + co[l] - top);
+            sum += share[l];
+        }
+        float scale = 1.0f / sum;
         if (s->remainder)
-            for (int64_t l = 0; l < num; l++)
-                worth[l] += exponential(lg[l] + co[l] - total) * sqrtf(co[l]);
+            for (int64_t l = 0; l < num; l++) worth[l] += scale * share[l] * sqrtf(co[l]);
         else
-            for (int64_t l = 0; l < num; l++) worth[l] += exponential(lg[l] + co[l] - total);
+            for (int64_t l = 0; l < num; l++) worth[l] += scale * share[l];
     }
     for (int64_t l = 0; l < num; l++)
         candidates[l] = (Candidate){worth[l] / (float)count[l], (int32_t)l};
@@ -141,19 +144,19 @@ CLONES static int64_t choose(const Shape *s, const Leaves *t, int64_t row, const
 
 CLONES static int step_row(const Shape *s, const Leaves *t, const void *data,
                            const Segment *segments, int64_t num_segments, const float *query,
-                           const float *sink_logits, int64_t row, float *out,
-                           int32_t *num_attended) {
+                           const float *sink_logits, const float *log_of, int64_t row,
+                           float *out, int32_t *num_attended) {
     int64_t num = t->num_leaves[row], heads = s->heads, dim = s->dim;
     int64_t num_fixed = 0;
     for (int64_t i = 0; i < num_segments; i++) num_fixed += segments[i].len[row];
     int64_t stride = num_fixed + (s->room > 0 ? s->room : 0);
     float *scratch =
-        malloc(sizeof(float) * (heads * (stride + 2 * num + 1) + num + dim) +
+        malloc(sizeof(float) * (heads * (stride + 2 * num + 1) + 2 * num + dim) +
                sizeof(Candidate) * num + sizeof(int64_t) * stride + num + 64);
     if (!scratch) return -1;
     float *logits = scratch + 0, *leaf_logits = logits + heads * stride;
     float *correction = leaf_logits + heads * num, *fixed_lse = correction + heads * num;
-    float *worth = fixed_lse + heads, *buffer = worth + num;
+    float *worth = fixed_lse + heads, *share = worth + num, *buffer = share + num;
     int64_t *token = (int64_t *)(((uintptr_t)(buffer + dim) + 7) & ~(uintptr_t)7);
     Candidate *candidates = (Candidate *)(token + stride);
     uint8_t *chosen = (uint8_t *)(candidates + num);
@@ -169,15 +172,16 @@ CLONES static int step_row(const Shape *s, const Leaves *t, const void *data,
     }
     for (int64_t g = 0; g < heads; g++) {
         float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f;
-        for (int64_t k = 0; k < num_fixed; k++) top = fmaxf(top, logits[g * stride + k]);
+        for (int64_t k = 0; k < num_fixed; k++) top = larger(top, logits[g * stride + k]);
         for (int64_t k = 0; k < num_fixed; k++) sum += exponential(logits[g * stride + k] - top);
         if (sink_logits) sum += exponential(sink_logits[g] - top);
-        fixed_lse[g] = top + logf(sum);
+        fixed_lse[g] = sum > 0.0f ? top + logf(sum) : top;
     }
-    score_leaves(s, t, row, query, leaf_logits, correction, buffer);
+    score_leaves(s, t, row, query, log_of, leaf_logits, correction, buffer);
     int64_t selected = 0;
     if (num > 0 && s->room > 0)
-        selected = choose(s, t, row, leaf_logits, correction, fixed_lse, worth, candidates, chosen);
+        selected = choose(s, t, row, leaf_logits, correction, fixed_lse, worth, share,
+                          candidates, chosen);
     else
         memset(chosen, 0, num);
     for (int64_t l = 0; l < num; l++) {
@@ -196,11 +200,11 @@ CLONES static int step_row(const Shape *s, const Leaves *t, const void *data,
         float *exact = logits + g * stride, *rest = leaf_logits + g * num;
         const float *co = correction + g * num;
         float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f;
-        for (int64_t k = 0; k < num_exact; k++) top = fmaxf(top, exact[k]);
+        for (int64_t k = 0; k < num_exact; k++) top = larger(top, exact[k]);
         if (s->remainder) {
             for (int64_t l = 0; l < num; l++)
                 rest[l] = chosen[l] ? -1e30f : rest[l] + s->spread_weight * co[l];
-            for (int64_t l = 0; l < num; l++) top = fmaxf(top, rest[l]);
+            for (int64_t l = 0; l < num; l++) top = larger(top, rest[l]);
             for (int64_t l = 0; l < num; l++) {
                 rest[l] = exponential(rest[l] - top);
                 sum += rest[l];
@@ -248,10 +252,12 @@ EXPORT int icecache_sparse_step(const Shape *shape, const Leaves *leaves, const 
                                 const Segment *segments, int64_t num_segments, const float *query,
                                 const float *sink_logits, float *out, int32_t *num_attended) {
     int64_t per_row = shape->heads * shape->dim;
+    float log_of[256] = {0};
+    for (int i = 1; i < 256; i++) log_of[i] = logf((float)i);
     for (int64_t row = 0; row < shape->rows; row++) {
         const float *sinks = sink_logits ? sink_logits + row * shape->heads : 0;
         int failed = step_row(shape, leaves, data, segments, num_segments, query + row * per_row,
-                              sinks, row, out + row * per_row, num_attended + row);
+                              sinks, log_of, row, out + row * per_row, num_attended + row);
         if (failed) return failed;
     }
     return 0;

@@ -19,6 +19,8 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+static inline float larger(float a, float b) { return a > b ? a : b; }
+
 static inline float dot(const float *a, const float *b, int64_t dim) {
     float sum = 0.0f;
     for (int64_t i = 0; i < dim; i++) sum += a[i] * b[i];
@@ -63,11 +65,11 @@ static inline void to_float(const void *data, int64_t offset, int32_t dtype, flo
     }
 }
 
-/* exp(x) for x <= 0 or small, relative error below 2e-7; 0 below -87. */
+/* exp(x) for x <= 0, relative error below 2e-7, no branch; x below -87 counts as -87. */
 static inline float exponential(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
+    float clamped = larger(x, -87.0f);
     float scaled = clamped * 1.44269504088896341f;
-    int32_t whole = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    int32_t whole = (int32_t)(scaled - 0.5f);
     float rest = clamped - (float)whole * 0.693145751953125f;
     rest -= (float)whole * 1.428606765330187045e-6f;
     float series = 1.0f / 720.0f;
@@ -77,10 +79,11 @@ static inline float exponential(float x) {
     series = series * rest + 0.5f;
     series = series * rest + 1.0f;
     series = series * rest + 1.0f;
-    int32_t bits = (whole + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : series * power;
+    union {
+        int32_t bits;
+        float value;
+    } power = {(whole + 127) << 23};
+    return series * power.value;
 }
 
 #endif
