@@ -65,7 +65,7 @@ static inline void to_float(const void *data, int64_t offset, int32_t dtype, flo
     }
 }
 
-/* exp(x) for x <= 0, relative error below 2e-7, no branch; x below -87 counts as -87. */
+/* exp(x) for x <= 0, relative error below 2e-7, 0 below -87; no branch. */
 static inline float exponential(float x) {
     float clamped = larger(x, -87.0f);
     float scaled = clamped * 1.44269504088896341f;
@@ -82,7 +82,7 @@ static inline float exponential(float x) {
     union {
         int32_t bits;
         float value;
-    } power = {(whole + 127) << 23};
+    } power = {((whole + 127) << 23) & -(x >= -87.0f)};
     return series * power.value;
 }
 
