@@ -14,16 +14,31 @@ from icecache.tree.table import LeafTable
 __all__ = ["insert_native"]
 
 
+_NEEDS_TWIN, _NEEDS_PAGE, _NEEDS_LEAF = 1, 2, 3
+
+
 def insert_native(
     tokens: FlatTokens, table: LeafTable, pool: PagePool, pages: PageTable
 ) -> Tensor | None:
     """Insert tokens, at most one a row.
 
-    Returns the numbers of the tokens that met something rare (no page with room, a page that
-    other rows hold too) and are left to the twin, None if there are none.
+    Returns the numbers of the tokens that are left to the twin (rows without leaves, pages that
+    other rows hold too), None if there are none.
     """
     if pool.dtype not in DTYPES:
         return torch.arange(tokens.row.numel())
+    answer = _call(tokens, table, pool, pages)
+    while bool((answer > _NEEDS_TWIN).any()):
+        for row in tokens.row[answer == _NEEDS_PAGE].tolist():
+            pages.hold(row, pool.allocate(1), [pool.page_size])
+        if bool((answer == _NEEDS_LEAF).any()):
+            table.reserve(table.capacity * 3 // 2)
+        again = (answer > _NEEDS_TWIN).nonzero()[:, 0]
+        answer[again] = _call(tokens.pick(again), table, pool, pages)
+    return answer.nonzero()[:, 0] if bool(answer.any()) else None
+
+
+def _call(tokens: FlatTokens, table: LeafTable, pool: PagePool, pages: PageTable) -> Tensor:
     leaves, num_leaves = table.native_leaves()
     native_pages = pages.native_pages()
     shape = Shape(
@@ -35,7 +50,7 @@ def insert_native(
         dtype=DTYPES[pool.dtype],
     )
     keys, values = tokens.keys.contiguous(), tokens.values.contiguous()
-    done = torch.empty(tokens.row.numel(), dtype=torch.bool)
+    answer = torch.empty(tokens.row.numel(), dtype=torch.uint8)
     failed = load().icecache_insert(
         ctypes.byref(shape),
         ctypes.byref(leaves),
@@ -45,9 +60,9 @@ def insert_native(
         pointer(tokens.row),
         pointer(tokens.positions),
         tokens.row.numel(),
-        pointer(done),
+        pointer(answer),
     )
     if failed:
         raise MemoryError("no memory for the scratch of an insert")
     table.take_native(num_leaves)
-    return None if bool(done.all()) else (~done).nonzero()[:, 0]
+    return answer

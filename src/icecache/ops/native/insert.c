@@ -1,8 +1,7 @@
 /* Insert one token into the tree: its nearest leaf takes it, or is cut in two.
  *
- * The plain twin is tree/insert.py with cache/placer.py; a call that meets something rare (a row
- * without leaves, a page that other rows hold too, no page with room) leaves the token to it,
- * with nothing changed.
+ * The plain twin is tree/insert.py with cache/placer.py. A token that cannot go in yet changes
+ * nothing; the answer says what it lacks.
  */
 #include <math.h>
 #include <stdint.h>
@@ -14,6 +13,8 @@
 
 #define MOST_MEMBERS 129 /* the largest leaf_size and one more */
 #define POWER_ROUNDS 3
+
+enum { INSERTED = 0, NEEDS_TWIN = 1, NEEDS_PAGE = 2, NEEDS_LEAF = 3 };
 
 typedef struct {
     void *data;         /* [page, key|value, slot, dim] */
@@ -66,14 +67,13 @@ static int64_t find_page(const Pages *p, int64_t row, int32_t page) {
     return at;
 }
 
-/* The fullest page of the row with room, not `besides`, held by nobody else; -1 if there is none. */
+/* The fullest page of the row with room, not `besides`; -1 if there is none. */
 static int64_t fullest_with(const Pages *p, int64_t row, int64_t room, int64_t besides) {
     const uint8_t *free_slots = p->free + row * p->page_capacity;
     int64_t best = -1;
     for (int64_t i = 0; i < p->num_pages[row]; i++)
         if (free_slots[i] >= room && i != besides && (best < 0 || free_slots[i] < free_slots[best]))
             best = i;
-    if (best < 0 || p->holders[p->page_of[row * p->page_capacity + best]] != 1) return -1;
     return best;
 }
 
@@ -170,7 +170,7 @@ static void cut(const Shape *s, const float *keys, int64_t num, uint8_t *upper, 
     for (int64_t i = 0; i < num; i++) upper[order[i]] = i >= num - num / 2;
 }
 
-/* Returns 1 when the token is in, 0 when it is left to the twin. */
+/* Needs the twin: a row without leaves, pages that other rows hold too. */
 CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row, const void *keys,
                                const void *values, int64_t index, int64_t position,
                                float *scratch) {
@@ -179,11 +179,11 @@ CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row,
     float *mean = centred + MOST_MEMBERS * dim, *direction = mean + dim;
     to_float(keys, index * dim, s->dtype, direction, dim);
     nearest_of(s, t, row, direction, &nearest, mean);
-    if (nearest < 0) return 0;
+    if (nearest < 0) return NEEDS_TWIN;
     int64_t leaf = row * s->capacity + nearest, page = t->page[leaf], old = t->count[leaf];
     int64_t at = find_page(p, row, (int32_t)page);
     uint8_t *free_slots = p->free + row * p->page_capacity;
-    if (p->holders[page] != 1) return 0;
+    if (p->holders[page] != 1) return NEEDS_TWIN;
 
     uint8_t slot[MOST_MEMBERS], upper[MOST_MEMBERS] = {0};
     for (int64_t m = 0; m < old; m++) {
@@ -195,7 +195,7 @@ CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row,
     to_float(values, index * dim, s->dtype, value + old * dim, dim);
     int64_t num = old + 1, num_pieces = 1;
     if (num > s->leaf_size) {
-        if (t->num_leaves[row] >= s->capacity) return 0;
+        if (t->num_leaves[row] >= s->capacity) return NEEDS_LEAF;
         cut(s, key, num, upper, centred, mean, direction);
         num_pieces = 2;
     }
@@ -213,8 +213,9 @@ CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row,
         int64_t moves_other = other >= 0 && t->count[other] < len[smallest];
         int64_t need = moves_other ? t->count[other] : len[smallest];
         target_at = fullest_with(p, row, need, at);
-        if (target_at < 0) return 0;
+        if (target_at < 0) return NEEDS_PAGE;
         target = p->page_of[row * p->page_capacity + target_at];
+        if (p->holders[target] != 1) return NEEDS_TWIN;
         if (moves_other) {
             uint8_t moved[MOST_MEMBERS];
             for (int64_t i = 0; i < need; i++)
@@ -255,17 +256,17 @@ CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row,
         place(s, t, number, leaving == piece ? target : page, slots, count);
         summarize(s, t, number, key, value, members, count, mean);
     }
-    return 1;
+    return INSERTED;
 }
 
-/* Insert tokens, at most one a row; done[i] = 0 where one is left to the twin. */
+/* Insert tokens, at most one a row; answer[i] says whether it went in, or what it lacks. */
 EXPORT int icecache_insert(const Shape *shape, Leaves *leaves, Pages *pages, const void *keys,
                            const void *values, const int64_t *row_of_token,
-                           const int64_t *positions, int64_t num_tokens, uint8_t *done) {
+                           const int64_t *positions, int64_t num_tokens, uint8_t *answer) {
     float *scratch = malloc(sizeof(float) * (3 * MOST_MEMBERS + 2) * (size_t)shape->dim);
     if (!scratch) return -1;
     for (int64_t i = 0; i < num_tokens; i++)
-        done[i] = (uint8_t)insert_token(shape, leaves, pages, row_of_token[i], keys, values, i,
+        answer[i] = (uint8_t)insert_token(shape, leaves, pages, row_of_token[i], keys, values, i,
                                         positions[i], scratch);
     free(scratch);
     return 0;
