@@ -1,5 +1,7 @@
 """The compiled ops; everything else about the package stands in pyproject.toml."""
 
+import sys
+
 from setuptools import Extension, setup
 
 setup(
@@ -8,6 +10,7 @@ setup(
             "icecache.ops._native",
             sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert")],
             depends=[f"src/icecache/ops/native/{name}.h" for name in ("layer", "vector")],
+            libraries=[] if sys.platform == "win32" else ["m"],
             # sums may be reordered and numbers are finite, so that loops become vector code
             extra_compile_args=[
                 "-O3",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
-from icecache.ops.native import is_built
+from icecache.ops.dispatch import resolve_backend
 
 # small enough that a few dozen tokens reach every path
 SMALL = {
@@ -24,7 +24,8 @@ SMALL = {
 }
 SMALL_HEADS, SMALL_DIM = 2, 16
 # the compiled ops are tested wherever an installation has them
-BACKENDS = ["torch", "reference", *(["native"] if is_built() else [])]
+HAS_NATIVE = resolve_backend("auto") == "native"
+BACKENDS = ["torch", "reference", *(["native"] if HAS_NATIVE else [])]
 FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
 
 
@@ -244,7 +245,7 @@ def slow_sparse(
             values = rows.values[b][kv_head, at].float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            if layer.config.remainder:
+            if layer.config.estimates_remainder:
                 far = [_estimate(layer, row, i, q, scaling, softcap) for i in selected[row].rest]
                 logits = torch.cat([logits, *(logit for logit, _ in far)])
                 values = torch.cat([values, *(mean[None] for _, mean in far)])

@@ -16,7 +16,7 @@ DEFAULTS = {
     "window": 32,
     "leaf_size": 8,
     "page_size": 16,
-    "remainder": True,
+    "remainder": None,
     "selection": "tree",
     "draft": 64,
     "offload": "auto",
@@ -125,7 +125,7 @@ def test_replace_returns_a_changed_copy() -> None:
 
 @pytest.mark.parametrize("selection", ["exact", "paper"])
 def test_only_the_tree_has_a_remainder(selection: str) -> None:
-    assert IceCacheConfig.from_kwargs(selection=selection).remainder is False
+    assert IceCacheConfig.from_kwargs(selection=selection).estimates_remainder is False
     rule = f'remainder must be False with selection="{selection}".*got True'
     with pytest.raises(ConfigError, match=rule):
         IceCacheConfig.from_kwargs(selection=selection, remainder=True)
@@ -133,16 +133,17 @@ def test_only_the_tree_has_a_remainder(selection: str) -> None:
 
 def test_changing_the_selection_decides_the_remainder_anew() -> None:
     exact = IceCacheConfig().replace(selection="exact")
-    assert exact.remainder is False
-    assert exact.replace(selection="tree").remainder is True
-    assert exact.replace(selection="tree", remainder=False).remainder is False
-    assert IceCacheConfig(remainder=False).replace(budget=300).remainder is False
+    assert exact.estimates_remainder is False
+    assert exact.replace(selection="tree").estimates_remainder is True
+    assert exact.replace(selection="tree", remainder=False).estimates_remainder is False
+    assert IceCacheConfig(remainder=False).replace(selection="tree").estimates_remainder is False
+    assert IceCacheConfig(remainder=False).replace(budget=300).estimates_remainder is False
 
 
 def test_the_papers_variant() -> None:
     config = IceCacheConfig.paper(budget=128)
     assert (config.selection, config.unit, config.page_size) == ("paper", "page", 16)
-    assert (config.refine_rounds, config.remainder, config.budget) == (0, False, 128)
+    assert (config.refine_rounds, config.estimates_remainder, config.budget) == (0, False, 128)
     assert IceCacheConfig.paper(page_size=32).page_size == 32
 
 

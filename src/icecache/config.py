@@ -68,7 +68,9 @@ class IceCacheConfig:
     Raises
     ------
     ConfigError
-        On an unknown key or a value outside its rule.
+        On a value outside its rule; in `from_kwargs` and `replace` also on an unknown key.
+    TypeError
+        On an unknown key in the constructor itself.
     """
 
     budget: int = 256
@@ -108,9 +110,8 @@ class IceCacheConfig:
         )
         if self.max_host_memory is not None:
             _check_integer("max_host_memory", self.max_host_memory, 1, 1 << 62)
-        if self.remainder is None:
-            object.__setattr__(self, "remainder", self.selection == "tree")
-        _require(isinstance(self.remainder, bool), "remainder", "must be a bool", self.remainder)
+        known = self.remainder is None or isinstance(self.remainder, bool)
+        _require(known, "remainder", "must be a bool or None", self.remainder)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -147,6 +148,11 @@ class IceCacheConfig:
         )
 
     @property
+    def estimates_remainder(self) -> bool:
+        """Whether unselected tokens are attended through summaries: `remainder`, or its default."""
+        return self.selection == "tree" if self.remainder is None else self.remainder
+
+    @property
     def selected_unit_size(self) -> int:
         """Most tokens that one choice brings, in tokens."""
         return self.page_size if self.unit == "page" else self.leaf_size
@@ -177,8 +183,6 @@ class IceCacheConfig:
     def replace(self, **settings: Any) -> "IceCacheConfig":
         """Return a copy with some settings changed; `ConfigError` as at construction."""
         _check_known(type(self), settings)
-        if "selection" in settings:
-            settings = {"remainder": None, **settings}
         return dataclasses.replace(self, **settings)
 
 
@@ -192,7 +196,7 @@ _INTEGER_RANGES = (
     ("page_size", 1, 255),
     ("fan_out", 2, 1024),
     ("refine_rounds", 0, 100),
-    ("segment_tokens", 2, _SIZE_LIMIT),
+    ("segment_tokens", 2, 1 << 14),
     ("seed", 0, (1 << 63) - 1),
     ("draft", 1, _SIZE_LIMIT),
 )

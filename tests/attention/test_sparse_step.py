@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
-from icecache.ops.native import is_built
 from tests.helpers import (
     BACKENDS,
     FAST_BACKENDS,
+    HAS_NATIVE,
     KeysValues,
     PlainRows,
     Selected,
@@ -199,7 +199,7 @@ def test_backends_agree() -> None:
 
 
 def test_auto_takes_the_compiled_ops_where_they_are() -> None:
-    assert _layer(backend="auto").stats().backend == ("native" if is_built() else "torch")
+    assert _layer(backend="auto").stats().backend == ("native" if HAS_NATIVE else "torch")
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)

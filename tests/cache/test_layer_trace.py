@@ -103,7 +103,7 @@ def _tolerance(layer: IceCacheLayer) -> float:
     """
     if layer.stats().backend != "native":
         return 1e-5
-    return 1e-2 if layer.config.remainder else 1.0
+    return 1e-2 if layer.config.estimates_remainder else 1.0
 
 
 def _reorder(talk: Conversation, number: int) -> None:

@@ -199,7 +199,7 @@ def test_attend_dense_in_half_precision(
 
 
 def test_attend_dense_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(batched, "_BLOCK_ELEMENTS", 7 * 2 * 40)
     query, keys, values = (_normal(s, 1, 2, 40, 64) for s in (23, 24, 25))
     valid = torch.arange(40)[None] >= 3
     for softcap in (None, 4.0):

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from icecache.errors import IntegrityError
-from icecache.ops.native import is_built
 from icecache.ops.reference import quantize_rows, summarize
 from icecache.tree.insert import NO_LEAF, assign, cut
 from icecache.tree.table import NO_SLOT, LeafTable, LeafView
-from tests.helpers import clustered, rng
+from tests.helpers import HAS_NATIVE, clustered, rng
 
 DIM, LEAF_SIZE, PAGE = 24, 4, 8
-NATIVE = [False, True] if is_built() else [False]
+NATIVE = [False, True] if HAS_NATIVE else [False]
 
 
 def _filled(num_leaves: list[int]) -> tuple[LeafTable, Tensor, Tensor, Tensor, Tensor]:

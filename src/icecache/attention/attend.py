@@ -87,11 +87,11 @@ def attend_sparse(
             page,
             fixed_lse,
             room,
-            bool(config.remainder),
+            config.estimates_remainder,
             ops.choose_within,
         )
         tokens, taken = _tokens_of(choice.chosen, table, pool.page_size)
-        if config.remainder:
+        if config.estimates_remainder:
             estimate = scores.logits + config.spread_weight * scores.correction
             remainder_logits = estimate.masked_fill(choice.chosen[:, None], -math.inf)
             value_mean, value_scale = table.view().value_mean, table.view().value_scale

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
+from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import DTYPES, MAX_HEADS, Segment, Shape, load, pointer
 from icecache.store.pool import PagePool
 from icecache.tree.table import LeafTable
@@ -74,7 +75,7 @@ def attend_native(
         capacity=table.capacity,
         room=config.budget - fixed,
         dtype=DTYPES[pool.dtype],
-        remainder=bool(config.remainder),
+        remainder=config.estimates_remainder,
         scaling=scaling,
         softcap=softcap or 0.0,
         spread_weight=config.spread_weight,
@@ -107,5 +108,5 @@ def attend_native(
         pointer(num_attended),
     )
     if failed:
-        raise MemoryError(f"no memory for the scratch of {num_leaves.max()} leaves")
+        raise HostMemoryExceeded(int(num_leaves.max()) * heads * 16, 0)
     return out, num_attended

@@ -54,6 +54,7 @@ class Context:
         self._num_kv_heads = num_kv_heads
         self.tail = Tail(batch, num_kv_heads, head_dim, dtype, _TAIL_SLACK + config.draft)
         self.indexed: IndexedTokens | None = None
+        self.is_torn = False
         self._sink_keys = torch.zeros(batch, num_kv_heads, 0, head_dim, dtype=dtype)
         self._sink_values = torch.zeros_like(self._sink_keys)
         self._sink_lens = [0] * batch
@@ -104,8 +105,12 @@ class Context:
         if not any(leaving):
             return 0, 0
         assert self.indexed is not None
-        inserted = self.indexed.add(self._flatten(leaving))
+        tokens = self._flatten(leaving)
+        # what is interrupted between here and the end is in two places or in none
+        self.is_torn = True
+        inserted = self.indexed.add(tokens)
         self.tail.drop_oldest(leaving)
+        self.is_torn = False
         if max(leaving) > 2 * _TAIL_SLACK:
             self.tail.release()
         return inserted, sum(leaving) * self._num_kv_heads - inserted

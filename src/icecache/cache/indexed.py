@@ -25,7 +25,8 @@ from icecache.tree.table import NO_SLOT, LeafTable
 __all__ = ["IndexedTokens"]
 
 _INSERT_AT_MOST = 256
-_GROWTH_TOKENS = 4096
+_LEAST_GROWTH, _MOST_GROWTH = 4096, 32768
+_GROWTH_BYTES = 1 << 28
 
 
 class IndexedTokens:
@@ -131,7 +132,7 @@ class IndexedTokens:
 
     def _open_leaves(self, per_row: list[int]) -> Tensor:
         room = max(num + had for num, had in zip(per_row, self.table.num_leaves, strict=True))
-        self.table.reserve(room + room // 4 + _GROWTH_TOKENS // self._config.leaf_target)
+        self.table.reserve(room + room // 4 + self._growth_tokens // self._config.leaf_target)
         firsts = [self.table.add(row, num) for row, num in enumerate(per_row)]
         numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
         return torch.cat(numbers)
@@ -162,10 +163,20 @@ class IndexedTokens:
         slot[order] = _rank_within(page[order])
         return page, slot
 
+    @property
+    def _growth_tokens(self) -> int:
+        """Tokens a row may grow by, beside a quarter, before anything has to be moved.
+
+        Room that is not used is address space and no memory; growing later would copy a whole
+        layer within a decode step.
+        """
+        per_token = 2 * self.pool.head_dim * self.pool.dtype.itemsize * self.table.num_rows
+        return max(_LEAST_GROWTH, min(_MOST_GROWTH, _GROWTH_BYTES // per_token))
+
     def _allocate(self, num_pages: int) -> list[int]:
         if self.pool.num_pages == 0:
             rows = self.table.num_rows
-            growth = _GROWTH_TOKENS // self._config.page_size
+            growth = self._growth_tokens // self._config.page_size
             self.pool.reserve(rows * (num_pages + num_pages // 4 + growth))
         return self.pool.allocate(num_pages)
 

@@ -9,11 +9,14 @@ from icecache.cache.context import Context
 from icecache.cache.decode import attend_step, inspect_step
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
-from icecache.errors import ConfigError, InputError
+from icecache.errors import ConfigError, InputError, IntegrityError
 from icecache.ops.dispatch import ops_for, resolve_backend
 from icecache.store.memory import check_host_limit, check_host_memory
 
 __all__ = ["IceCacheLayer"]
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class IceCacheLayer:
@@ -31,6 +34,10 @@ class IceCacheLayer:
     dtype : torch.dtype
         Of keys and values.
     device : str or torch.device, default "cpu"
+
+    Notes
+    -----
+    A layer is used by one thread at a time; layers are independent of each other.
 
     Examples
     --------
@@ -52,16 +59,15 @@ class IceCacheLayer:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+        if dtype not in _DTYPES:
+            names = ", ".join(str(known) for known in _DTYPES)
+            raise ConfigError(f"dtype must be a floating-point type of {names}, got {dtype!r}")
         self.config = config
         self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
         self.device = torch.device(device)
         if self.device.type != "cpu":
             raise ConfigError(f"device must be cpu in this version, got {self.device}")
         self._backend = resolve_backend(config.backend)
-        self._ops = ops_for(self._backend)
-        self._counters = Counters()
         self._context: Context | None = None
         self._counters = Counters()
         self._unsettled = 0
@@ -130,14 +136,15 @@ class IceCacheLayer:
         check_host_limit(needed, self._held_bytes(), self.config.max_host_memory)
         # only calls of some size ask the system: the question itself takes time
         if num_new > self.config.draft:
-            check_host_memory(needed)
-        if self._context is None:
+            check_host_memory(needed + self._transient_bytes(batch, num_new))
+        context = self._context
+        if context is None:
             shape = (batch, self.num_kv_heads, self.head_dim)
-            self._context = Context(self.config, *shape, self.dtype)
+            context = Context(self.config, *shape, self.dtype)
         else:
             self._settle(self.config.window)
-        self._context.tail.append(keys, values, mask)
-        self._unsettled = num_new
+        context.tail.append(keys, values, mask)
+        self._context, self._unsettled = context, num_new
         if num_new == 1:
             self._settle(self.config.window)
 
@@ -191,11 +198,17 @@ class IceCacheLayer:
                 self._counters.sparse_steps += 1
                 self._counters.leaves_scored += step.num_scored
                 self._counters.tokens_attended = float(step.num_attended.double().mean())
+                if not bool(torch.isfinite(step.out.sum())):
+                    raise InputError(
+                        "attention overflowed: keys or query are too large for float32"
+                    )
                 return step.out.view(query.shape).to(query.dtype)
         self._counters.dense_steps += 1
         dense = self._context.dense()
         self._counters.tokens_attended = float(self.num_tokens)
-        out: Tensor = self._ops.attend_dense(query, *dense, scaling, softcap, sink_logits)
+        out: Tensor = ops_for(self._backend).attend_dense(
+            query, *dense, scaling, softcap, sink_logits
+        )
         if num_queries > 1:
             self._settle(self.config.window + min(self._unsettled, self.config.draft))
         return out.to(query.dtype)
@@ -295,6 +308,14 @@ class IceCacheLayer:
             device=self.device,
         )
 
+    def _transient_bytes(self, batch: int, tokens: int) -> int:
+        """Return the bytes that are needed beside the pages while they are filled.
+
+        The tail and a flat copy in the model's dtype, and the keys twice in float32.
+        """
+        per_token = 2 * 2 * self.head_dim * self.dtype.itemsize + 2 * 4 * self.head_dim
+        return batch * self.num_kv_heads * tokens * per_token
+
     def _held_bytes(self) -> int:
         if self._context is None:
             return 0
@@ -302,6 +323,10 @@ class IceCacheLayer:
 
     def _settle(self, keep: int) -> None:
         assert self._context is not None
+        if self._context.is_torn:
+            raise IntegrityError(
+                "an earlier call was interrupted while it moved tokens; call reset() to start anew"
+            )
         inserted, built = self._context.settle(keep)
         self._counters.inserted += inserted
         self._counters.built += built

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from icecache.cache.flat import FlatTokens
+from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import DTYPES, Shape, load, pointer
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
@@ -63,6 +64,6 @@ def _call(tokens: FlatTokens, table: LeafTable, pool: PagePool, pages: PageTable
         pointer(answer),
     )
     if failed:
-        raise MemoryError("no memory for the scratch of an insert")
+        raise HostMemoryExceeded(pool.head_dim * 4 * 400, 0)
     table.take_native(num_leaves)
     return answer

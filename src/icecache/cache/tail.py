@@ -104,11 +104,11 @@ class Tail:
 
     def _move(self, keys: Tensor, values: Tensor, room: int) -> None:
         batch, heads, length, dim = keys.shape
-        for name, old in (("_keys", keys), ("_values", values)):
-            fresh = old.new_empty(batch, heads, length + room, dim)
-            fresh[:, :, :length] = old
-            setattr(self, name, fresh)
-        self._end = length
+        fresh_keys = keys.new_empty(batch, heads, length + room, dim)
+        fresh_values = values.new_empty(batch, heads, length + room, dim)
+        fresh_keys[:, :, :length] = keys
+        fresh_values[:, :, :length] = values
+        self._keys, self._values, self._end = fresh_keys, fresh_values, length
 
     def _append_ragged(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         old_keys, old_values = self.keys_values()

@@ -18,7 +18,7 @@ __all__ = [
     "summarize",
 ]
 
-_QUERY_BLOCK = 1024
+_BLOCK_ELEMENTS = 1 << 26
 _FEW_ELEMENTS = 2048
 _FEW_MEMBERS = 64
 
@@ -220,8 +220,9 @@ def attend_dense(
             enable_gqa=query.shape[1] != keys.shape[1],
         )
     blocks = []
-    for start in range(0, num_queries, _QUERY_BLOCK):
-        block = query[:, :, start : start + _QUERY_BLOCK]
+    step = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys))
+    for start in range(0, num_queries, step):
+        block = query[:, :, start : start + step]
         seen = _seen(valid, num_keys, num_queries, start + torch.arange(block.shape[2]))
         if softcap is None and sink_logits is None:
             blocks.append(_attend_masked(block, keys, values, seen, scaling))

@@ -8,10 +8,20 @@ from icecache.errors import HostMemoryExceeded
 __all__ = ["available_host_bytes", "check_host_limit", "check_host_memory"]
 
 _MEMINFO = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def available_host_bytes() -> int | None:
-    """Return the bytes that the operating system says can be taken, None where it does not say."""
+    """Return the bytes that can still be taken, None where the system does not say.
+
+    The least of what the operating system has free and what the control group (a container's
+    memory limit) leaves.
+    """
+    known = [free for free in (_system_bytes(), _group_bytes()) if free is not None]
+    return min(known, default=None)
+
+
+def _system_bytes() -> int | None:
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -19,6 +29,14 @@ def available_host_bytes() -> int | None:
     if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _group_bytes() -> int | None:
+    limit, used = _GROUP / "memory.max", _GROUP / "memory.current"
+    if not (limit.exists() and used.exists()):
+        return None
+    text = limit.read_text().strip()
+    return None if text == "max" else max(0, int(text) - int(used.read_text()))
 
 
 def check_host_limit(needed: int, taken: int, limit: int | None) -> None:

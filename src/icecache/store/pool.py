@@ -94,8 +94,8 @@ class PagePool:
         data[:total] = self._data
         positions = np.full((grown, self.page_size), -1, dtype=np.int32)
         positions[:total] = self._positions
-        self._data, self._positions = data, positions
-        self._holders = np.concatenate([self._holders, np.zeros(grown - total, dtype=np.int32)])
+        holders = np.concatenate([self._holders, np.zeros(grown - total, dtype=np.int32)])
+        self._data, self._positions, self._holders = data, positions, holders
         self._free.extend(range(total, grown))
 
     def allocate(self, num_pages: int) -> list[int]:

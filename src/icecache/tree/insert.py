@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icecache.errors import HostMemoryExceeded
 from icecache.ops.batched import nearest_leaf
 from icecache.ops.native import Shape, load, pointer
 from icecache.tree.cluster import split_oversized
@@ -63,7 +64,7 @@ def _assign_native(table: LeafTable, keys: Tensor, row: Tensor) -> Tensor:
         pointer(nearest),
     )
     if failed:
-        raise MemoryError("no memory for the scratch of a search")
+        raise HostMemoryExceeded(keys.shape[1] * 4, 0)
     return nearest
 
 

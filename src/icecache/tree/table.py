@@ -105,13 +105,16 @@ class LeafTable:
         longest = max(self.num_leaves, default=0)
         slots = self._arrays["slots"][:, :longest].long()
         page = self._arrays["page"][:, :longest].long()
-        return page[..., None] * page_size + slots, slots != NO_SLOT
+        used = torch.arange(longest)[None] < torch.tensor(self.num_leaves)[:, None]
+        return page[..., None] * page_size + slots, (slots != NO_SLOT) & used[..., None]
 
     def tokens_at(self, leaf: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of chosen leaves, shape [rows, n] -> two of [rows, n, leaf_size]."""
         page = self._arrays["page"].gather(1, leaf).long()
         slots = self._arrays["slots"].gather(1, leaf[..., None].expand(-1, -1, self.leaf_size))
-        return page[..., None] * page_size + slots.long(), slots != NO_SLOT
+        exists = leaf < torch.tensor(self.num_leaves)[:, None]
+        real = (slots != NO_SLOT) & exists[..., None]
+        return page[..., None] * page_size + slots.long(), real
 
     def pages(self) -> Tensor:
         """Return each leaf's page, shape [rows, longest row], int32."""
@@ -136,21 +139,21 @@ class LeafTable:
     def add(self, row: int, num: int) -> int:
         """Open `num` leaves in a row and return the first one's number."""
         first = self.num_leaves[row]
+        if first + num > self.capacity:
+            self.reserve(max(first + num, self.capacity * 3 // 2))
         self.num_leaves[row] += num
-        capacity = self._arrays["count"].shape[1]
-        if self.num_leaves[row] > capacity:
-            self.reserve(max(self.num_leaves[row], capacity * 3 // 2))
         return first
 
     def reserve(self, capacity: int) -> None:
         """Make room for that many leaves a row."""
-        old, have = self._arrays, self._arrays["count"].shape[1]
+        old, have = self._arrays, self.capacity
         capacity = max(capacity, _MIN_CAPACITY)
         if capacity <= have:
             return
-        self._arrays = _allocate(self.num_rows, capacity, self.head_dim, self.leaf_size)
+        arrays = _allocate(self.num_rows, capacity, self.head_dim, self.leaf_size)
         for name, array in old.items():
-            self._arrays[name][:, :have] = array
+            arrays[name][:, :have] = array
+        self._arrays = arrays
 
     def place(self, row: int, leaf: int, page: int, slots: list[int]) -> None:
         """Say where a leaf's tokens are; its summary is set by `summarize`."""
@@ -206,21 +209,26 @@ class LeafTable:
         for row, num in enumerate(self.num_leaves):
             if (count[row, :num] == 0).any() or (count[row, num:] != 0).any():
                 raise IntegrityError(f"row {row}: empty leaf, or tokens behind the last leaf")
-        if not np.array_equal((slots != NO_SLOT).sum(-1), count):
-            raise IntegrityError("a leaf's slots differ from its count")
+            if not np.array_equal((slots[row, :num] != NO_SLOT).sum(-1), count[row, :num]):
+                raise IntegrityError(f"row {row}: a leaf's slots differ from its count")
 
     def _numpy(self, name: str) -> np.ndarray:
         return self._arrays[name].numpy()
 
 
 def _allocate(rows: int, capacity: int, dim: int, leaf_size: int) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "count": ((), "uint8"),
+        "page": ((), "int32"),
+        "slots": ((leaf_size,), "uint8"),
+        "spread": ((), "float32"),
+        "key_mean": ((dim,), "int8"),
+        "key_scale": ((), "float32"),
+        "value_mean": ((dim,), "int8"),
+        "value_scale": ((), "float32"),
+    }
+    # numpy's zeros are mapped at first touch, so that room for growth costs no memory
     return {
-        "count": torch.zeros(rows, capacity, dtype=torch.uint8),
-        "page": torch.zeros(rows, capacity, dtype=torch.int32),
-        "slots": torch.full((rows, capacity, leaf_size), NO_SLOT, dtype=torch.uint8),
-        "spread": torch.zeros(rows, capacity),
-        "key_mean": torch.zeros(rows, capacity, dim, dtype=torch.int8),
-        "key_scale": torch.zeros(rows, capacity),
-        "value_mean": torch.zeros(rows, capacity, dim, dtype=torch.int8),
-        "value_scale": torch.zeros(rows, capacity),
+        name: torch.from_numpy(np.zeros((rows, capacity, *shape), dtype=dtype))
+        for name, (shape, dtype) in shapes.items()
     }

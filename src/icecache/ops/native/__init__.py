@@ -4,7 +4,7 @@ Built at installation where there is a C compiler. `load` says clearly where it 
 """
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p, sizeof
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,16 @@ __all__ = [
     "Pages",
     "Segment",
     "Shape",
-    "is_built",
     "load",
     "pointer",
 ]
 
 MAX_HEADS = 256
+_VERSION = 1
+_REBUILD = (
+    "install a C compiler and run pip install --force-reinstall --no-deps icecache "
+    "(in a checkout: make test)"
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -84,21 +88,19 @@ class Segment(ctypes.Structure):
     ]
 
 
-def is_built() -> bool:
-    """Whether the compiled ops are installed."""
-    return _library_path() is not None
-
-
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
     """Return the library; `BackendUnavailable` where it was not built."""
     path = _library_path()
     if path is None:
+        raise BackendUnavailable(f"the compiled ops are not installed; {_REBUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
         raise BackendUnavailable(
-            'backend="native" needs the compiled ops: install a C compiler and run '
-            "pip install --force-reinstall --no-deps icecache"
-        )
-    library = ctypes.CDLL(str(path))
+            f"the compiled ops cannot be loaded: {error}; {_REBUILD}"
+        ) from error
+    _check_layout(library)
     library.icecache_sparse_step.argtypes = [
         POINTER(Shape),
         POINTER(Leaves),
@@ -130,6 +132,17 @@ def load() -> ctypes.CDLL:
     ]
     library.icecache_insert.restype = c_int
     return library
+
+
+def _check_layout(library: ctypes.CDLL) -> None:
+    expected = (sizeof(Shape) * 1000000 + sizeof(Leaves) * 1000 + sizeof(Segment)) * 10 + _VERSION
+    try:
+        library.icecache_layout.restype = c_int64
+        found = library.icecache_layout()
+    except AttributeError:
+        found = 0
+    if found != expected:
+        raise BackendUnavailable(f"the compiled ops are of another version; {_REBUILD}")
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -26,7 +26,7 @@ typedef struct {
     int64_t page_capacity;
 } Pages;
 
-/* The nearest leaf of each point, -1 where the row has none; row_of_point: [points]. */
+/* The nearest leaf of a point, -1 where the row has none. */
 CLONES static void nearest_of(const Shape *s, const Leaves *t, int64_t row, const float *point,
                               int64_t *nearest, float *buffer) {
     float least = 3e38f;
@@ -62,9 +62,9 @@ static int64_t key_of(const Shape *s, int64_t page, int64_t slot) {
 }
 
 static int64_t find_page(const Pages *p, int64_t row, int32_t page) {
-    int64_t at = 0;
-    while (p->page_of[row * p->page_capacity + at] != page) at++;
-    return at;
+    for (int64_t at = 0; at < p->num_pages[row]; at++)
+        if (p->page_of[row * p->page_capacity + at] == page) return at;
+    return -1;
 }
 
 /* The fullest page of the row with room, not `besides`; -1 if there is none. */
@@ -79,7 +79,7 @@ static int64_t fullest_with(const Pages *p, int64_t row, int64_t room, int64_t b
 
 static int64_t lowest_free(const Shape *s, const Pages *p, int64_t page) {
     int64_t slot = 0;
-    while (p->positions[page * s->page_size + slot] >= 0) slot++;
+    while (slot < s->page_size - 1 && p->positions[page * s->page_size + slot] >= 0) slot++;
     return slot;
 }
 
@@ -183,7 +183,7 @@ CLONES static int insert_token(const Shape *s, Leaves *t, Pages *p, int64_t row,
     int64_t leaf = row * s->capacity + nearest, page = t->page[leaf], old = t->count[leaf];
     int64_t at = find_page(p, row, (int32_t)page);
     uint8_t *free_slots = p->free + row * p->page_capacity;
-    if (p->holders[page] != 1) return NEEDS_TWIN;
+    if (at < 0 || p->holders[page] != 1) return NEEDS_TWIN;
 
     uint8_t slot[MOST_MEMBERS], upper[MOST_MEMBERS] = {0};
     for (int64_t m = 0; m < old; m++) {

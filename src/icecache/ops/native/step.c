@@ -263,5 +263,10 @@ EXPORT int icecache_sparse_step(const Shape *shape, const Leaves *leaves, const 
     return 0;
 }
 
+/* Sizes of the structures that Python mirrors; a library of another version has others. */
+EXPORT int64_t icecache_layout(void) {
+    return (int64_t)(sizeof(Shape) * 1000000 + sizeof(Leaves) * 1000 + sizeof(Segment)) * 10 + 1;
+}
+
 /* Setuptools' linkers ask for a module's entry point; this library is loaded by ctypes. */
 EXPORT void *PyInit__native(void) { return 0; }
