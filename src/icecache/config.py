@@ -55,7 +55,8 @@ class IceCacheConfig:
     seed : int, default 0
         Which keys are promoted. Same input and seed give the same pages, bit for bit.
     draft : int, default 64
-        Most tokens of one `append` that a later `crop` may take back (assisted decoding).
+        An `append` of up to so many tokens can be taken back by `crop` (assisted decoding); a
+        longer one as far as the window.
     offload : {"auto", "none", "host"}, default "auto"
         Where pages live. On a CPU all three keep them in host memory, in place.
     max_host_memory : int, optional

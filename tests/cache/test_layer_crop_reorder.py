@@ -82,16 +82,23 @@ def test_all_of_a_draft_can_be_taken_back_from_every_row() -> None:
     layer.check_integrity()
 
 
-@pytest.mark.parametrize("given", [8, 9, 30])
-def test_up_to_draft_tokens_of_the_latest_call_can_be_taken_back(given: int) -> None:
+@pytest.mark.parametrize(
+    ("given", "taken_back"), [(8, 8), (9, 4), (30, 4)], ids=["draft", "longer", "prompt"]
+)
+def test_a_draft_can_be_taken_back_whole_and_a_prompt_as_far_as_the_window(
+    given: int, taken_back: int
+) -> None:
     layer, rows = small_layer(), PlainRows.of(make_tokens(0, 1, 40))
     layer.prefill(*make_tokens(0, 1, 40))
     tokens = make_tokens(1, 1, given)
     layer.append(*tokens)
     rows.append(tokens)
     assert_full(layer, rows, make_query(2, 1, 4, given))
-    layer.crop(8)
-    rows.crop(8)
+    if given > 8:
+        with pytest.raises(InputError, match="from 0 to the 4 tokens still in the window, got 5"):
+            layer.crop(5)
+    layer.crop(taken_back)
+    rows.crop(taken_back)
     more = make_tokens(3, 1, 2)
     layer.append(*more)
     rows.append(more)

@@ -116,8 +116,9 @@ class IceCacheLayer:
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in new tokens; the oldest of the window leave it into the tree.
 
-        Arguments and errors as in `prefill`. Of several tokens up to `config.draft` can be taken
-        back by `crop`, until the next call of `append` or of `attend` with one query token.
+        Arguments and errors as in `prefill`. The window can be taken back by `crop` at any time;
+        a call of 2 to `config.draft` tokens can be taken back as a whole, until the next call of
+        `append` or of `attend` with one query token.
         """
         check_tokens(
             keys,
@@ -210,7 +211,9 @@ class IceCacheLayer:
             query, *dense, scaling, softcap, sink_logits
         )
         if num_queries > 1:
-            self._settle(self.config.window + min(self._unsettled, self.config.draft))
+            # a prompt's last tokens are no draft: keeping them would hold up the first step
+            draft = self._unsettled if self._unsettled <= self.config.draft else 0
+            self._settle(self.config.window + draft)
         return out.to(query.dtype)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from icecache.cli.session import Advance, prefill
-from icecache.errors import InputError
+from icecache.errors import InputError, UnsupportedModel
 from icecache.integrations.transformers import supports
 
 if TYPE_CHECKING:
@@ -80,6 +80,12 @@ def _recorder(model: "PreTrainedModel") -> Iterator[dict[int, list[Asked]]]:
     def attend(
         module: Any, query: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
+        for name in ("softcap", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise UnsupportedModel(
+                    f"inspect draws plain softmax attention, this model's layers use {name}; "
+                    "icecache generate --compare measures such a model"
+                )
         if query.shape[2] == 1:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             found = Asked(query[0, :, 0].float(), scaling)

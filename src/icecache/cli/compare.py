@@ -12,7 +12,7 @@ from icecache.cli.display import Display
 from icecache.cli.report import Comparison, Row
 from icecache.cli.session import Run, decode, encode, mean_divergence, prefill, replay
 from icecache.config import IceCacheConfig
-from icecache.integrations.transformers import CacheStats, IceCache, attach
+from icecache.integrations.transformers import CacheStats, IceCache, attach, supports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,10 @@ class Comparer:
     def _ask_full(self, ids: torch.Tensor, max_new_tokens: int) -> tuple[Row, Run]:
         cache = DynamicCache(config=self._model.config)
         run, seconds = self._run(FULL, ids, cache, max_new_tokens)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        # only what IceCache would manage too, so that the rows of the table compare
+        report = supports(self._model)
+        managed = [cache.layers[each.index] for each in report.layers if each.status == "managed"]
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in managed)
         row = Row(
             name=FULL,
             answer=run.text,
