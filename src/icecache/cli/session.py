@@ -149,7 +149,9 @@ def mean_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
     """
     if len(full) < 2:
         return 0.0
-    per_step = (full.exp() * (full - other)).sum(-1)[1:]
+    # renormalised in double precision: what float32 leaves of a sum over the vocabulary is not KL
+    sure, unsure = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    per_step = (sure.exp() * (sure - unsure)).sum(-1)[1:]
     return float(per_step.mean())
 
 
