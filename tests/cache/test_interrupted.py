@@ -1,4 +1,6 @@
-"""What an interruption in the middle of a move leaves behind; reset() mends it."""
+"""A layer after what it did not expect: interruptions, refusals, copies."""
+
+import copy
 
 import pytest
 import torch
@@ -55,3 +57,18 @@ def test_keys_too_large_for_float32_are_told() -> None:
     layer.prefill(huge, huge)
     with pytest.raises(ValueError, match="too large"):
         layer.attend(huge[:, :, :1])
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    layer = IceCacheLayer(
+        IceCacheConfig(budget=64), num_kv_heads=2, head_dim=16, dtype=torch.float32
+    )
+    tokens = torch.randn(1, 2, 200, 16, generator=torch.Generator().manual_seed(0))
+    layer.prefill(tokens, tokens)
+    before = layer.attend(tokens[:, :, :1])
+    other = copy.deepcopy(layer)
+    layer.append(tokens[:, :, :1], tokens[:, :, :1])
+    assert (layer.num_tokens, other.num_tokens) == (201, 200)
+    assert torch.equal(other.attend(tokens[:, :, :1]), before)
+    layer.check_integrity()
+    other.check_integrity()
