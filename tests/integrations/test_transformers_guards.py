@@ -10,7 +10,14 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from zoo import SMALL, build, family, greedy, left_padded
 
 import icecache
-from icecache.errors import ConfigError, IceCacheError, InputError, UnsupportedModel
+from icecache.errors import (
+    ConfigError,
+    HostMemoryExceeded,
+    IceCacheError,
+    InputError,
+    UnsupportedModel,
+)
+from icecache.store import memory
 
 IDS, MASK = left_padded([30, 40])
 
@@ -240,6 +247,25 @@ def test_an_empty_prompt(model: PreTrainedModel) -> None:
                 cache.update(torch.ones(shape), torch.ones(shape), layer_idx=0)
         model(IDS, past_key_values=cache)
     assert _columns(cache) == [40] * 4
+
+
+def test_memory_is_asked_for_all_layers_at_once(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(200).view(1, -1) % 90
+    with icecache.attach(model):
+        cache = icecache.IceCache(model)
+        model(ids[:, :100], past_key_values=cache)
+        before = _columns(cache)
+        one_layer = cache.layers[0].core.estimate_bytes(1, 100)
+        # enough for the first layer and what it needs in passing, but not for all four
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: 3 * one_layer)
+        with pytest.raises(HostMemoryExceeded, match=f"{4 * one_layer:,} bytes needed"):
+            model(ids[:, 100:], past_key_values=cache)
+        monkeypatch.undo()
+        assert _columns(cache) == before
+        model(ids[:, 100:], past_key_values=cache)
+    assert _columns(cache) == [200] * 4
 
 
 @pytest.mark.parametrize("call", [icecache.attach, icecache.IceCache], ids=["attach", "IceCache"])

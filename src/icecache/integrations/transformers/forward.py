@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from icecache.cache.layer import IceCacheLayer
 from icecache.errors import InputError
 from icecache.integrations.transformers.layer import ManagedLayer
 from icecache.integrations.transformers.padding import Padding
+from icecache.store.memory import check_host_memory
 
 __all__ = ["ForwardPass"]
 
@@ -105,6 +107,7 @@ class ForwardPass:
                 f"batch size must stay {self.batch_size} within a conversation, got {batch_size}; "
                 "use a new cache, or batch_select_indices() / batch_repeat_interleave() on this one"
             )
+        self._check_memory(keys)
         self.settle()
         self.batch_size = batch_size
         self._past = next(iter(lengths), 0)
@@ -114,6 +117,19 @@ class ForwardPass:
             for layer in self._layers
             if isinstance(layer, CacheLayerMixin) and not isinstance(layer, ManagedLayer)
         ]
+
+    def _check_memory(self, keys: torch.Tensor) -> None:
+        """Ask for the memory of all layers at once: the last must not fail after the first took."""
+        if not self._managed or keys.shape[2] <= self._managed[0].settings.draft:
+            return
+        one = IceCacheLayer(
+            self._managed[0].settings,
+            num_kv_heads=keys.shape[1],
+            head_dim=keys.shape[3],
+            dtype=keys.dtype,
+            device=keys.device,
+        )
+        check_host_memory(len(self._managed) * one.estimate_bytes(keys.shape[0], keys.shape[2]))
 
     def _take_back(self, layer: ManagedLayer) -> None:
         if self._past == 0:
