@@ -9,8 +9,8 @@ from torch import Tensor
 from icecache.config import IceCacheConfig
 from icecache.ops import batched
 from icecache.tree.build import build_leaves
-from icecache.tree.exact import search_exact
-from icecache.tree.search import LeafScores, search
+from icecache.tree.exact import ExactIndex
+from icecache.tree.search import LeafScores, SummaryIndex
 from icecache.tree.table import LeafTable
 from tests.helpers import clustered, make_query
 
@@ -32,7 +32,7 @@ def _table(keys: Tensor, config: IceCacheConfig) -> tuple[LeafTable, Tensor]:
 
 def _exact(keys: Tensor, query: Tensor, softcap: float | None) -> LeafScores:
     valid = torch.ones(1, keys.shape[0], dtype=torch.bool)
-    return search_exact(keys[None], valid, query, SCALING, softcap)
+    return ExactIndex(keys[None], valid).search(query, SCALING, softcap)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -40,7 +40,7 @@ def test_a_leaf_of_one_key_is_scored_as_the_key(softcap: float | None) -> None:
     keys = clustered(0, TOKENS, DIM)
     table, ids = _table(keys, IceCacheConfig(leaf_size=1, leaf_target=1))
     query = make_query(1, 1, 3, dim=DIM)[:, :, 0]
-    scores = search(table, query, SCALING, softcap, batched)
+    scores = SummaryIndex(table, batched).search(query, SCALING, softcap)
     exact = _exact(keys, query, softcap)
     # a code is off by half a scale at most, a 254th of the key's largest number
     rounding = float(keys.abs().max()) / 254 * float(query.abs().sum(-1).max()) * SCALING
@@ -53,7 +53,7 @@ def test_a_leafs_score_is_nearly_its_keys_log_sum_exp(softcap: float | None) -> 
     keys = clustered(2, TOKENS, DIM)
     table, ids = _table(keys, IceCacheConfig())
     query = make_query(3, 1, 4, dim=DIM)[:, :, 0]
-    scores = search(table, query, SCALING, softcap, batched)
+    scores = SummaryIndex(table, batched).search(query, SCALING, softcap)
     exact = _exact(keys, query, softcap).logits[0]
     truth = torch.stack(
         [exact[:, ids == leaf].logsumexp(1) for leaf in range(int(ids.max()) + 1)], 1
@@ -69,7 +69,7 @@ def test_the_best_leaves_hold_most_of_the_best_keys() -> None:
     keys = clustered(4, TOKENS, DIM)
     table, ids = _table(keys, IceCacheConfig())
     query = make_query(5, 1, 1, dim=DIM)[:, :, 0]
-    scores = search(table, query, SCALING, None, batched)
+    scores = SummaryIndex(table, batched).search(query, SCALING, None)
     best_leaves = (scores.logits + scores.correction)[0, 0].topk(40).indices
     best_keys = _exact(keys, query, None).logits[0, 0].topk(50).indices
     recall = torch.isin(ids[best_keys], best_leaves).float().mean()
@@ -79,7 +79,7 @@ def test_the_best_leaves_hold_most_of_the_best_keys() -> None:
 def test_exact_search_is_the_plain_product() -> None:
     keys, query = clustered(6, 2, 9, DIM), make_query(7, 2, 3, dim=DIM)[:, :, 0]
     valid = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
-    scores = search_exact(keys, valid, query, 0.2, 3.0)
+    scores = ExactIndex(keys, valid).search(query, 0.2, 3.0)
     truth = 3.0 * torch.tanh(torch.einsum("rhd,rtd->rht", query, keys) * 0.2 / 3.0)
     torch.testing.assert_close(scores.logits[0], truth[0])
     torch.testing.assert_close(scores.logits[1, :, :4], truth[1, :, :4])

@@ -19,8 +19,8 @@ from icecache.attention.select import (
 from icecache.config import IceCacheConfig
 from icecache.store.pool import PagePool
 from icecache.store.residency import FetchPlan, Residency
-from icecache.tree.exact import search_exact
-from icecache.tree.search import search
+from icecache.tree.exact import ExactIndex
+from icecache.tree.search import SummaryIndex
 from icecache.tree.table import LeafTable
 
 __all__ = ["Fixed", "SparseStep", "attend_sparse"]
@@ -79,7 +79,7 @@ def attend_sparse(
     room = config.budget - int(fixed.valid.sum(1).max())
     remainder_logits = value_mean = value_scale = None
     if config.selection == "tree":
-        scores = search(table, query, scaling, softcap, ops)
+        scores = SummaryIndex(table, ops).search(query, scaling, softcap)
         page = table.pages() if config.unit == "page" else None
         choice = choose_leaves(
             scores,
@@ -141,7 +141,7 @@ def _choose_exactly(
     all_tokens = all_tokens.masked_fill(~real, 0)
     keys, _ = pool.read(all_tokens)
     keys.masked_fill_(~real[..., None], 0.0)
-    scores = search_exact(keys, real, query, scaling, softcap)
+    scores = ExactIndex(keys, real).search(query, scaling, softcap)
     if config.selection == "exact":
         choice = choose_best_tokens(scores, fixed_lse, room)
     else:
@@ -178,6 +178,6 @@ def _fixed_log_sum_exp(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    scores = search_exact(fixed.keys, fixed.valid, query, scaling, softcap)
+    scores = ExactIndex(fixed.keys, fixed.valid).search(query, scaling, softcap)
     total = scores.logits.logsumexp(-1)
     return total if sink_logits is None else torch.logaddexp(total, sink_logits.float())

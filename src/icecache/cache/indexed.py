@@ -69,19 +69,21 @@ class IndexedTokens:
         joining = has_leaves & (per_row <= _INSERT_AT_MOST)
         joins = joining[tokens.row]
         num_joining = int(joins.sum())
-        if self._native and num_joining == joins.numel() and int(per_row.max()) == 1:
-            left = insert_native(tokens, self.table, self.pool, self.pages)
-            if left is not None:
-                self._insert(tokens.pick(left))
-            self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
-            return num_joining
         if num_joining:
-            self._insert(tokens if bool(joins.all()) else tokens.pick(joins))
+            self._join(tokens if bool(joins.all()) else tokens.pick(joins))
         if num_joining < joins.numel():
             rest = tokens.pick(~joins) if num_joining else tokens
             self._build(rest, per_row.masked_fill(joining, 0).tolist())
         self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
         return num_joining
+
+    def _join(self, tokens: FlatTokens) -> None:
+        if self._native and int(torch.bincount(tokens.row).max()) == 1:
+            left = insert_native(tokens, self.table, self.pool, self.pages)
+            if left is None:
+                return
+            tokens = tokens.pick(left)
+        self._insert(tokens)
 
     def read_all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return all keys and values by position, and which are real.

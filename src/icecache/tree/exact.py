@@ -1,28 +1,32 @@
-"""The brute-force twin of `search`: every key is its own leaf, and its score is exact."""
+"""The brute-force twin of `SummaryIndex`: every key is its own leaf, and its score is exact."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from icecache.tree.search import LeafScores
 
-__all__ = ["search_exact"]
+__all__ = ["ExactIndex"]
 
 
-def search_exact(
-    keys: Tensor, valid: Tensor, query: Tensor, scaling: float, softcap: float | None
-) -> LeafScores:
-    """Score all tokens.
+class ExactIndex(NamedTuple):
+    """Keys scored one by one.
 
-    Parameters
+    Attributes
     ----------
-    keys : Tensor, shape [rows, tokens, head_dim]; finite where not valid
-    valid : Tensor, shape [rows, tokens], bool
-    query : Tensor, shape [rows, heads, head_dim], float32
-    scaling, softcap : as in `search`
+    keys : shape [rows, tokens, head_dim]; finite where not valid
+    valid : shape [rows, tokens], bool
     """
-    logits = torch.bmm(query, keys.float().transpose(1, 2)) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return LeafScores(logits.masked_fill(~valid[:, None], -math.inf), torch.zeros_like(logits))
+
+    keys: Tensor
+    valid: Tensor
+
+    def search(self, query: Tensor, scaling: float, softcap: float | None) -> LeafScores:
+        """Score all keys; query: shape [rows, heads, head_dim], float32."""
+        logits = torch.bmm(query, self.keys.float().transpose(1, 2)) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        masked = logits.masked_fill(~self.valid[:, None], -math.inf)
+        return LeafScores(masked, torch.zeros_like(logits))

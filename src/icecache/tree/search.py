@@ -7,13 +7,13 @@ large for most queries; it is capped, and the remainder takes only a part of it 
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from icecache.tree.table import LeafTable
 
-__all__ = ["LeafScores", "search"]
+__all__ = ["Index", "LeafScores", "SummaryIndex"]
 
 _LARGEST_CORRECTION = 2.0
 
@@ -31,18 +31,35 @@ class LeafScores(NamedTuple):
     correction: Tensor
 
 
-def search(
-    table: LeafTable, query: Tensor, scaling: float, softcap: float | None, ops: ModuleType
-) -> LeafScores:
-    """Score all leaves; query: shape [rows, heads, head_dim], float32."""
-    leaves = table.view()
-    logits, correction = ops.score_leaves(
-        query,
-        leaves.key_mean,
-        leaves.key_scale,
-        leaves.count,
-        leaves.spread,
-        scaling,
-        softcap,
-    )
-    return LeafScores(logits, correction.clamp(max=_LARGEST_CORRECTION))
+class Index(Protocol):
+    """What can say how much of the attention's weight each of its leaves has."""
+
+    def search(self, query: Tensor, scaling: float, softcap: float | None) -> LeafScores:
+        """Score all leaves; query: shape [rows, heads, head_dim], float32."""
+
+
+class SummaryIndex(NamedTuple):
+    """Leaves scored by their summaries.
+
+    Attributes
+    ----------
+    table : LeafTable
+    ops : the ops that score
+    """
+
+    table: LeafTable
+    ops: ModuleType
+
+    def search(self, query: Tensor, scaling: float, softcap: float | None) -> LeafScores:
+        """Score all leaves; query: shape [rows, heads, head_dim], float32."""
+        leaves = self.table.view()
+        logits, correction = self.ops.score_leaves(
+            query,
+            leaves.key_mean,
+            leaves.key_scale,
+            leaves.count,
+            leaves.spread,
+            scaling,
+            softcap,
+        )
+        return LeafScores(logits, correction.clamp(max=_LARGEST_CORRECTION))

@@ -27,10 +27,7 @@ __all__ = [
 
 MAX_HEADS = 256
 _VERSION = 1
-_REBUILD = (
-    "install a C compiler and run pip install --force-reinstall --no-deps icecache "
-    "(in a checkout: make test)"
-)
+_REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
