@@ -32,8 +32,14 @@ class IceCacheConfig:
         Tokens per promoted leaf when a tree is built; at most `leaf_size`.
     page_size : int, default 16
         Slots of a page, the unit of storage and transfer; at least `leaf_size`.
-    fan_out : int, default 16
-        Leaves that share a parent node when a tree is built; a node holds twice as many at most.
+    fan_out : int, default 10
+        Leaves, or nodes, that share a parent node when a tree is built; a node holds twice as
+        many at most.
+    crossover : int, default 4096
+        Leaves up to which a row is scanned flat; with more, a search descends from the top.
+    field_of_view : int, default 128
+        Nodes of each level that a descent expands; the others are attended through their own
+        summaries. Larger is more faithful and costs scan time in proportion.
     remainder : bool, optional
         Attend to unselected tokens through their leaves' summaries instead of dropping them.
         By default on for ``selection="tree"``; the two other selections have no summaries.
@@ -80,7 +86,9 @@ class IceCacheConfig:
     leaf_size: int = 8
     leaf_target: int = 5
     page_size: int = 16
-    fan_out: int = 16
+    fan_out: int = 10
+    crossover: int = 4096
+    field_of_view: int = 128
     remainder: bool | None = None
     selection: Selection = "tree"
     unit: Unit = "leaf"
@@ -195,7 +203,9 @@ _INTEGER_RANGES = (
     ("leaf_size", 1, 128),
     ("leaf_target", 1, 128),
     ("page_size", 1, 255),
-    ("fan_out", 2, 1024),
+    ("fan_out", 2, 64),
+    ("crossover", 0, 1 << 31),
+    ("field_of_view", 1, _SIZE_LIMIT),
     ("refine_rounds", 0, 100),
     ("segment_tokens", 2, 1 << 14),
     ("seed", 0, (1 << 63) - 1),

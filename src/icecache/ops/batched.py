@@ -11,7 +11,8 @@ __all__ = [
     "attend_dense",
     "attend_parts",
     "choose_within",
-    "nearest_leaf",
+    "merge_summaries",
+    "nearest",
     "quantize_rows",
     "score_leaves",
     "sum_groups",
@@ -56,12 +57,30 @@ def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tens
     return count, key_mean, value_mean, spread
 
 
+def merge_summaries(
+    keys: Tensor, values: Tensor, spread: Tensor, count: Tensor, ids: Tensor, num: int
+) -> tuple[Tensor, ...]:
+    """Return count, mean key, mean value and spread of groups of summaries.
+
+    keys, values: shape [n, dim], float32; spread: shape [n]; count: shape [n], int64; ids: shape
+    [n], int64, the group of each.
+    """
+    weight = count.float()[:, None]
+    total = torch.bincount(ids, count.double(), num).long()
+    share = 1.0 / total.clamp(min=1).float()[:, None]
+    key_mean = sum_groups(weight * keys, ids, num) * share
+    value_mean = sum_groups(weight * values, ids, num) * share
+    apart = (keys - key_mean[ids]).square().sum(1, keepdim=True)
+    merged = sum_groups(weight * (spread.float()[:, None] + apart), ids, num) * share
+    return total, key_mean, value_mean, merged[:, 0]
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes and the scale of each last-dim row; code * scale is within scale / 2."""
+    """Return int8 codes and the bfloat16 scale of each last-dim row."""
     x = x.float()
-    scale = x.abs().amax(-1) / 127
-    codes = (x / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
-    return codes, scale
+    scale = (x.abs().amax(-1) / 127).bfloat16()
+    step = scale.float().clamp(min=1e-30)[..., None]
+    return (x / step).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def score_leaves(
@@ -79,7 +98,7 @@ def score_leaves(
     ----------
     query : Tensor, shape [rows, heads, dim], float32
     key_mean : Tensor, shape [rows, leaves, dim], int8
-    key_scale, spread : Tensor, shape [rows, leaves], float32
+    key_scale, spread : Tensor, shape [rows, leaves]
     count : Tensor, shape [rows, leaves]; 0 where there is no leaf, its logit is -inf
 
     Returns
@@ -87,9 +106,9 @@ def score_leaves(
     logits, correction : Tensor, shape [rows, heads, leaves], float32
     """
     logits = torch.bmm(query, key_mean.float().transpose(1, 2))
-    logits *= (scaling * key_scale)[:, None]
+    logits *= (scaling * key_scale.float())[:, None]
     norm = query.square().sum(-1, keepdim=True) * (0.5 * scaling**2 / query.shape[2])
-    correction = norm * spread[:, None]
+    correction = norm * spread.float()[:, None]
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
         logits = softcap * squashed
@@ -129,14 +148,13 @@ def choose_within(priority: Tensor, size: Tensor, room: int) -> Tensor:
     return torch.zeros(priority.shape, dtype=torch.bool).scatter_(1, candidates, taken)
 
 
-def nearest_leaf(points: Tensor, key_mean: Tensor, key_scale: Tensor, count: Tensor) -> Tensor:
-    """Return the nearest leaf of each point; leaves without tokens are never it.
+def nearest(point: Tensor, means: Tensor, most: int) -> Tensor:
+    """Return the numbers of the `most` nearest means, nearest first, the first of equals first.
 
-    points: shape [rows, points, dim], float32 -> shape [rows, points], int64.
+    point: shape [dim]; means: shape [n, dim]; both float32 -> shape [at most `most`], int64.
     """
-    mean = key_mean.float() * key_scale[..., None]
-    half_norm = (0.5 * mean.square().sum(-1)).masked_fill(count == 0, math.inf)
-    return torch.baddbmm(half_norm[:, None], points, mean.transpose(1, 2), alpha=-1).argmin(-1)
+    distance = 0.5 * means.square().sum(1) - means @ point
+    return torch.argsort(distance, stable=True)[:most]
 
 
 def attend_parts(
@@ -160,7 +178,7 @@ def attend_parts(
     valid : Tensor, shape [rows, tokens], bool
     remainder_logits : Tensor, shape [rows, heads, leaves], float32, optional
         -inf where a leaf is attended exactly.
-    value_mean, value_scale : Tensor, shape [rows, leaves, dim] int8 and [rows, leaves] float32
+    value_mean, value_scale : Tensor, shape [rows, leaves, dim] int8 and [rows, leaves]
     sink_logits : Tensor, shape [rows, heads], optional
         Learned logits that take part in the softmax without a value.
 
@@ -183,7 +201,7 @@ def attend_parts(
     out = torch.bmm(share[..., :num_exact], values.float())
     if remainder_logits is not None and value_mean is not None and value_scale is not None:
         rest = share[..., num_exact : num_exact + remainder_logits.shape[2]]
-        out = torch.baddbmm(out, rest * value_scale[:, None], value_mean.float())
+        out = torch.baddbmm(out, rest * value_scale.float()[:, None], value_mean.float())
     return out
 
 

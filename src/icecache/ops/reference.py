@@ -9,7 +9,8 @@ __all__ = [
     "attend_dense",
     "attend_parts",
     "choose_within",
-    "nearest_leaf",
+    "merge_summaries",
+    "nearest",
     "quantize_rows",
     "score_leaves",
     "sum_groups",
@@ -38,13 +39,32 @@ def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tens
     return count, key_mean, value_mean, spread
 
 
+def merge_summaries(
+    keys: Tensor, values: Tensor, spread: Tensor, count: Tensor, ids: Tensor, num: int
+) -> tuple[Tensor, ...]:
+    """Return count, mean key, mean value and spread of groups of summaries."""
+    total = torch.zeros(num, dtype=torch.int64)
+    key_mean, value_mean = torch.zeros(num, keys.shape[1]), torch.zeros(num, values.shape[1])
+    merged = torch.zeros(num)
+    for i in range(num):
+        own = ids == i
+        weight = count[own].float() / count[own].sum()
+        total[i] = count[own].sum()
+        key_mean[i], value_mean[i] = weight @ keys[own], weight @ values[own]
+        apart = ((keys[own] - key_mean[i]) ** 2).sum(1)
+        merged[i] = weight @ (spread[own].float() + apart)
+    return total, key_mean, value_mean, merged
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes and the scale of each last-dim row; code * scale is within scale / 2."""
+    """Return int8 codes and the bfloat16 scale of each last-dim row."""
     flat = x.float().reshape(-1, x.shape[-1])
     codes, scales = torch.empty(flat.shape, dtype=torch.int8), torch.empty(flat.shape[0])
+    scales = scales.bfloat16()
     for i, row in enumerate(flat):
         scales[i] = row.abs().max() / 127
-        codes[i] = (row / scales[i]).round() if scales[i] > 0 else 0
+        scale = scales[i].float()
+        codes[i] = (row / scale).round().clamp(-127, 127) if scale > 0 else 0
     return codes.view(x.shape), scales.view(x.shape[:-1])
 
 
@@ -67,12 +87,12 @@ def score_leaves(
                 if count[r, i] == 0:
                     continue
                 q = query[r, g].float()
-                logit = scaling * torch.dot(q, key_mean[r, i].float() * key_scale[r, i])
+                logit = scaling * torch.dot(q, key_mean[r, i].float() * key_scale[r, i].float())
                 slope = torch.ones(())
                 if softcap is not None:
                     squashed = torch.tanh(logit / softcap)
                     logit, slope = softcap * squashed, 1 - squashed**2
-                variance = scaling**2 * q.dot(q) * spread[r, i] / dim * slope**2
+                variance = scaling**2 * q.dot(q) * spread[r, i].float() / dim * slope**2
                 logits[r, g, i] = logit + math.log(int(count[r, i]))
                 correction[r, g, i] = 0.5 * variance
     return logits, correction
@@ -90,15 +110,10 @@ def choose_within(priority: Tensor, size: Tensor, room: int) -> Tensor:
     return chosen
 
 
-def nearest_leaf(points: Tensor, key_mean: Tensor, key_scale: Tensor, count: Tensor) -> Tensor:
-    """Return the nearest leaf of each point; leaves without tokens are never it."""
-    nearest = torch.zeros(points.shape[:2], dtype=torch.int64)
-    for r in range(points.shape[0]):
-        mean = key_mean[r].float() * key_scale[r][:, None]
-        for i, point in enumerate(points[r].float()):
-            distance = ((mean - point) ** 2).sum(1)
-            nearest[r, i] = distance.masked_fill(count[r] == 0, math.inf).argmin()
-    return nearest
+def nearest(point: Tensor, means: Tensor, most: int) -> Tensor:
+    """Return the numbers of the `most` nearest means, nearest first, the first of equals first."""
+    distance = torch.stack([((mean - point) ** 2).sum() for mean in means])
+    return torch.argsort(distance, stable=True)[:most]
 
 
 def attend_parts(
@@ -125,7 +140,7 @@ def attend_parts(
             if remainder_logits is not None and value_mean is not None and value_scale is not None:
                 live = remainder_logits[r, g] > -math.inf
                 logits = torch.cat([logits, remainder_logits[r, g][live]])
-                v = torch.cat([v, value_mean[r][live].float() * value_scale[r][live][:, None]])
+                v = torch.cat([v, value_mean[r][live].float() * value_scale[r][live].float()[:, None]])
             if sink_logits is not None:
                 logits = torch.cat([logits, sink_logits[r, g].float()[None]])
                 v = torch.cat([v, torch.zeros(1, v.shape[1])])

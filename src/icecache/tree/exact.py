@@ -1,4 +1,4 @@
-"""The brute-force twin of `SummaryIndex`: every key is its own leaf, and its score is exact."""
+"""The brute-force twin of `TreeIndex`: every key is its own leaf, and its score is exact."""
 
 import math
 from typing import NamedTuple
@@ -23,10 +23,13 @@ class ExactIndex(NamedTuple):
     keys: Tensor
     valid: Tensor
 
-    def search(self, query: Tensor, scaling: float, softcap: float | None) -> LeafScores:
-        """Score all keys; query: shape [rows, heads, head_dim], float32."""
+    def search(
+        self, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
+    ) -> LeafScores:
+        """Score all keys; query: [rows, heads, head_dim], beside: [rows, heads], both float32."""
         logits = torch.bmm(query, self.keys.float().transpose(1, 2)) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         masked = logits.masked_fill(~self.valid[:, None], -math.inf)
-        return LeafScores(masked, torch.zeros_like(logits))
+        scored = int(self.valid.sum())
+        return LeafScores(masked, torch.zeros_like(logits), beside, None, 0, scored)

@@ -1,77 +1,79 @@
-"""Insert: each token joins its nearest leaf, and a leaf that grows too large is cut in two."""
+"""Insert, the tree's half: the way to the nearest leaf, and what follows when a leaf is cut."""
 
-import ctypes
-from typing import NamedTuple
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from icecache.errors import HostMemoryExceeded
-from icecache.ops.batched import nearest_leaf
-from icecache.ops.native import Shape, load, pointer
+from icecache.ops.batched import nearest
 from icecache.tree.cluster import split_oversized
-from icecache.tree.table import LeafTable
+from icecache.tree.level import NONE
+from icecache.tree.tree import Tree
 
-__all__ = ["NO_LEAF", "Pieces", "assign", "cut"]
+__all__ = ["BEAM", "cut_in_two", "find_path", "follow"]
 
-NO_LEAF = -1
+BEAM = 16
 
 
-class Pieces(NamedTuple):
-    """What leaves with new tokens become.
+def find_path(tree: Tree, row: int, key: Tensor) -> list[int]:
+    """Return the nearest leaf of a key and its ancestors, from the leaf up; `NONE` without leaves.
 
-    Attributes
-    ----------
-    ids : shape [tokens], int64. Each token's piece.
-    leaf : shape [pieces], int64. The leaf each piece comes from; the first of it keeps its place.
+    From the top down the `BEAM` nearest nodes of each level are followed. key: shape [head_dim],
+    float32.
     """
+    top = tree.top(row)
+    paths: list[list[int]] = [[]]
+    for number in range(top, -1, -1):
+        level = tree.levels[number]
+        if number == top:
+            candidates = [[node] for node in range(int(level.num[row]))]
+        else:
+            above = tree.levels[number + 1]
+            candidates = list(
+                chain.from_iterable(
+                    ([child, *path] for child in above.children(row, path[0], level))
+                    for path in paths
+                )
+            )
+        if not candidates:
+            return [NONE]
+        means = level.at(row, torch.tensor([path[0] for path in candidates])).keys()
+        paths = [candidates[i] for i in nearest(key, means, BEAM if number else 1).tolist()]
+    return paths[0]
 
-    ids: Tensor
-    leaf: Tensor
+
+def cut_in_two(points: Tensor, largest: int) -> Tensor:
+    """Return which points of a group of `largest` + 1 go to its other half, shape [n], bool."""
+    one = torch.zeros(points.shape[0], dtype=torch.int64)
+    ids, _ = split_oversized(points, one, 1, largest, one[:1])
+    return ids > 0
 
 
-def assign(table: LeafTable, keys: Tensor, row: Tensor, native: bool) -> Tensor:
-    """Return the nearest leaf of each key in its row, `NO_LEAF` where the row has none.
+def follow(tree: Tree, row: int, path: list[int], added: int) -> None:
+    """Bring the nodes above a leaf up to date.
 
-    keys: shape [tokens, head_dim], float32; row: shape [tokens], int64, rising; native: by the
-    compiled op.
+    path: the leaf and its ancestors; added: a new leaf that was cut off it, or `NONE`.
     """
-    if native:
-        return _assign_native(table, keys.contiguous(), row)
-    counts = torch.bincount(row, minlength=table.num_rows)
-    starts = counts.cumsum(0) - counts
-    column = torch.arange(row.shape[0]) - starts[row]
-    padded = keys.new_zeros(table.num_rows, int(counts.max()), keys.shape[1])
-    padded[row, column] = keys
-    leaves = table.view()
-    if leaves.count.shape[1] == 0:
-        return torch.full_like(row, NO_LEAF)
-    nearest = nearest_leaf(padded, leaves.key_mean, leaves.key_scale, leaves.count)
-    has_leaves = torch.tensor([num > 0 for num in table.num_leaves])
-    return torch.where(has_leaves[row], nearest[row, column], NO_LEAF)
+    for number in range(1, len(path)):
+        level, node = tree.levels[number], path[number]
+        if added != NONE:
+            level.adopt(row, node, added, tree.levels[number - 1])
+            added = _split(tree, number, row, node)
+        tree.summarize_node(number, row, node)
+    tree.raise_top(row)
 
 
-def _assign_native(table: LeafTable, keys: Tensor, row: Tensor) -> Tensor:
-    leaves, num_leaves = table.native_leaves()
-    shape = Shape(rows=num_leaves.numel(), dim=keys.shape[1], capacity=table.capacity)
-    nearest = torch.empty_like(row)
-    failed = load().icecache_nearest_leaf(
-        ctypes.byref(shape),
-        ctypes.byref(leaves),
-        pointer(keys),
-        pointer(row),
-        row.numel(),
-        pointer(nearest),
-    )
-    if failed:
-        raise HostMemoryExceeded(keys.shape[1] * 4, 0)
-    return nearest
-
-
-def cut(keys: Tensor, leaf: Tensor, num_leaves: int, leaf_size: int) -> Pieces:
-    """Cut leaves of more than `leaf_size` tokens.
-
-    keys: shape [tokens, head_dim], float32, all tokens of the leaves; leaf: shape [tokens], int64.
-    """
-    ids, owner = split_oversized(keys, leaf, num_leaves, leaf_size, torch.arange(num_leaves))
-    return Pieces(ids, owner)
+def _split(tree: Tree, number: int, row: int, node: int) -> int:
+    """Give half of a node's children to a new node, if they are too many; return it or `NONE`."""
+    level, below = tree.levels[number], tree.levels[number - 1]
+    children = level.children(row, node, below)
+    if len(children) <= tree.most_children:
+        return NONE
+    upper = cut_in_two(below.at(row, torch.tensor(children)).keys(), tree.most_children).tolist()
+    other = level.add(row, 1)
+    level.orphan(row, node)
+    level.orphan(row, other)
+    for child, is_upper in reversed(list(zip(children, upper, strict=True))):
+        level.adopt(row, other if is_upper else node, child, below)
+    tree.summarize_node(number, row, other)
+    return other

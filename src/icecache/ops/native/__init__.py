@@ -1,4 +1,4 @@
-"""The compiled ops: step.c and insert.c through ctypes.
+"""The compiled ops, C through ctypes.
 
 Built at installation where there is a C compiler. `load` says clearly where it is not.
 """
@@ -16,17 +16,24 @@ from icecache.errors import BackendUnavailable
 
 __all__ = [
     "DTYPES",
+    "MAX_DIM",
     "MAX_HEADS",
-    "Leaves",
+    "MOST_LEVELS",
+    "Answer",
+    "Level",
     "Pages",
+    "Result",
     "Segment",
     "Shape",
+    "Tree",
     "load",
     "pointer",
 ]
 
 MAX_HEADS = 256
-_VERSION = 1
+_VERSION = 2
+MAX_DIM = 512
+MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -35,42 +42,57 @@ class Shape(ctypes.Structure):
     """`Shape` of layer.h."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "heads", "dim", "leaf_size", "page_size")),
-        *((name, c_int64) for name in ("capacity", "room")),
+        *((name, c_int64) for name in ("rows", "heads", "dim", "leaf_size", "page_size", "room")),
+        *((name, c_int64) for name in ("most_children", "crossover", "field_of_view")),
         *((name, c_int32) for name in ("dtype", "remainder")),
         *((name, c_float) for name in ("scaling", "softcap", "spread_weight")),
     ]
 
 
-class Leaves(ctypes.Structure):
-    """`Leaves` of layer.h."""
+class Level(ctypes.Structure):
+    """`Level` of layer.h."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            "num_leaves",
-            "count",
-            "spread",
-            "key_mean",
-            "key_scale",
-            "value_mean",
-            "value_scale",
-            "page",
-            "slots",
-        )
+        *((name, c_void_p) for name in ("num", "count", "spread", "key_mean", "key_scale")),
+        *((name, c_void_p) for name in ("value_mean", "value_scale", "next", "first")),
+        ("capacity", c_int64),
+    ]
+
+
+class Tree(ctypes.Structure):
+    """`Tree` of layer.h."""
+
+    _fields_ = [
+        ("level", Level * MOST_LEVELS),
+        ("page", c_void_p),
+        ("slots", c_void_p),
+        ("num_levels", c_int64),
     ]
 
 
 class Pages(ctypes.Structure):
-    """`Pages` of insert.c."""
+    """`Pages` of layer.h."""
 
     _fields_ = [
-        *(
-            (name, c_void_p)
-            for name in ("data", "positions", "holders", "num_pages", "page_of", "free")
-        ),
-        ("page_capacity", c_int64),
+        *((name, c_void_p) for name in ("data", "positions", "holders", "num_pages", "page_of")),
+        *((name, c_void_p) for name in ("free", "before", "after", "head")),
+        ("capacity", c_int64),
     ]
+
+
+class Result(ctypes.Structure):
+    """`Result` of step.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("out", "num_attended", "positions")),
+        *((name, c_int64) for name in ("nodes_scored", "leaves_scored")),
+    ]
+
+
+class Answer(ctypes.Structure):
+    """`Answer` of insert.c."""
+
+    _fields_ = [("status", c_int32), ("page", c_int32)]
 
 
 class Segment(ctypes.Structure):
@@ -100,39 +122,32 @@ def load() -> ctypes.CDLL:
     _check_layout(library)
     library.icecache_sparse_step.argtypes = [
         POINTER(Shape),
-        POINTER(Leaves),
-        c_void_p,
+        POINTER(Tree),
+        POINTER(Pages),
         POINTER(Segment),
         c_int64,
         c_void_p,
         c_void_p,
-        c_void_p,
-        c_void_p,
+        POINTER(Result),
     ]
     library.icecache_sparse_step.restype = c_int
-    library.icecache_nearest_leaf.argtypes = [
-        POINTER(Shape),
-        POINTER(Leaves),
-        c_void_p,
-        c_void_p,
-        c_int64,
-        c_void_p,
-    ]
-    library.icecache_nearest_leaf.restype = c_int
     library.icecache_insert.argtypes = [
         POINTER(Shape),
-        POINTER(Leaves),
+        POINTER(Tree),
         POINTER(Pages),
         *(c_void_p,) * 4,
         c_int64,
-        c_void_p,
+        c_int64,
+        POINTER(Answer),
     ]
-    library.icecache_insert.restype = c_int
+    library.icecache_insert.restype = c_int64
     return library
 
 
 def _check_layout(library: ctypes.CDLL) -> None:
-    expected = (sizeof(Shape) * 1000000 + sizeof(Leaves) * 1000 + sizeof(Segment)) * 10 + _VERSION
+    expected = _VERSION
+    for structure in (Shape, Level, Tree, Pages, Segment, Result):
+        expected = expected * 1009 + sizeof(structure)
     try:
         library.icecache_layout.restype = c_int64
         found = library.icecache_layout()

@@ -1,4 +1,4 @@
-/* One sparse decode step of one layer: score every leaf, choose within the budget, attend.
+/* One sparse decode step of one layer: search, then attend.
  *
  * The plain twin is attention/attend.py (attend_sparse); names and order of the steps are the
  * same. Plain C without Python's headers, loaded by ctypes; rows are independent.
@@ -9,263 +9,207 @@
 #include <string.h>
 
 #include "layer.h"
+#include "search.h"
 #include "vector.h"
 
-#define LARGEST_CORRECTION 2.0f
-
 typedef struct {
-    const void *keys, *values; /* a row's tokens are contiguous */
-    int64_t row_stride;        /* elements */
+    const void *keys, *values;  /* a row's tokens are contiguous */
+    int64_t row_stride;         /* elements */
     const int32_t *start, *len; /* [rows], tokens */
 } Segment;
 
+/* What a step gives. Without `out` it only searches. */
 typedef struct {
-    float worth;
-    int32_t leaf;
-} Candidate;
+    float *out;             /* [rows, heads, dim] */
+    int32_t *num_attended;  /* [rows] */
+    int32_t *positions;     /* [rows, room], of the selected tokens, -1 behind; may be null */
+    int64_t nodes_scored, leaves_scored;
+} Result;
 
-static int better(Candidate a, Candidate b) {
-    return a.worth > b.worth || (a.worth == b.worth && a.leaf < b.leaf);
-}
+/* Room for the tokens that a row attends exactly. */
+typedef struct {
+    int64_t stride, num_fixed, num;
+    float *logits;  /* [heads, stride] */
+    float *lse;     /* [heads], of sink and window */
+    int64_t *token; /* [room], element of the key in the pool */
+} Exact;
 
-static int by_worth(const void *a, const void *b) {
-    return better(*(const Candidate *)a, *(const Candidate *)b) ? -1 : 1;
-}
-
-/* Move the `want` best to the front, in no order (quickselect, median of three). */
-static void select_best(Candidate *c, int64_t num, int64_t want) {
-    int64_t low = 0, high = num - 1;
-    while (low < high) {
-        Candidate a = c[low], b = c[low + (high - low) / 2], d = c[high];
-        Candidate pivot = better(a, b) ? (better(b, d) ? b : (better(a, d) ? d : a))
-                                       : (better(a, d) ? a : (better(b, d) ? d : b));
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (better(c[i], pivot)) i++;
-            while (better(pivot, c[j])) j--;
-            if (i <= j) {
-                Candidate swap = c[i];
-                c[i++] = c[j];
-                c[j--] = swap;
-            }
-        }
-        if (want - 1 <= j) high = j;
-        else if (want - 1 >= i) low = i;
-        else return;
-    }
-}
-
-static float capped(float logit, float softcap, float *slope) {
-    if (softcap <= 0.0f) {
-        *slope = 1.0f;
-        return logit;
-    }
-    float squashed = tanhf(logit / softcap);
-    *slope = 1.0f - squashed * squashed;
-    return softcap * squashed;
-}
-
-/* Logits of tokens against all heads: logits[head * stride + t]. */
-static void score_token(const Shape *s, const float *query, const float *key, float *logits,
-                        int64_t stride) {
-    float slope;
-    for (int64_t g = 0; g < s->heads; g++)
-        logits[g * stride] =
-            capped(s->scaling * dot(query + g * s->dim, key, s->dim), s->softcap, &slope);
-}
-
-static void attend_token(const Shape *s, const float *weight, int64_t stride, const float *value,
-                         float *out) {
-    for (int64_t g = 0; g < s->heads; g++)
-        add_scaled(out + g * s->dim, weight[g * stride], value, s->dim);
-}
-
-/* Score the leaves of a row: estimate[g, l] and correction[g, l]. */
-CLONES static void score_leaves(const Shape *s, const Leaves *t, int64_t row, const float *query,
-                                const float *log_of, float *logits, float *correction,
-                                float *buffer) {
-    int64_t num = t->num_leaves[row], first = row * s->capacity;
-    float half_norm[256];
+static inline void score_token(int64_t dim, const Shape *s, const float *query, const float *key,
+                               float *logits, int64_t stride) {
     for (int64_t g = 0; g < s->heads; g++) {
-        const float *q = query + g * s->dim;
-        half_norm[g] = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
-    }
-    for (int64_t l = 0; l < num; l++) {
-        from_int8(t->key_mean + (first + l) * s->dim, buffer, s->dim);
-        float scale = s->scaling * t->key_scale[first + l], spread = t->spread[first + l];
-        float log_count = log_of[t->count[first + l]];
-        for (int64_t g = 0; g < s->heads; g++) {
-            float slope;
-            float logit =
-                capped(scale * dot(query + g * s->dim, buffer, s->dim), s->softcap, &slope);
-            float second = half_norm[g] * spread * slope * slope;
-            logits[g * num + l] = logit + log_count;
-            correction[g * num + l] = second < LARGEST_CORRECTION ? second : LARGEST_CORRECTION;
-        }
+        float logit = s->scaling * dot(query + g * dim, key, dim);
+        logits[g * stride] = s->softcap > 0.0f ? s->softcap * tanhf(logit / s->softcap) : logit;
     }
 }
 
-/* Choose leaves within the room; chosen[l] = 1. Returns their number of tokens. */
-CLONES static int64_t choose(const Shape *s, const Leaves *t, int64_t row, const float *logits,
-                             const float *correction, const float *fixed_lse, float *worth,
-                             float *share, Candidate *candidates, uint8_t *chosen) {
-    const int64_t num = t->num_leaves[row] > 0 ? t->num_leaves[row] : 0;
-    const uint8_t *count = t->count + row * s->capacity;
-    memset(worth, 0, sizeof(float) * (size_t)num);
-    for (int64_t g = 0; g < s->heads; g++) {
-        const float *lg = logits + g * num, *co = correction + g * num;
-        float top = fixed_lse[g];
-        for (int64_t l = 0; l < num; l++) top = larger(top, lg[l] + co[l]);
-        float sum = exponential(fixed_lse[g] - top);
-        for (int64_t l = 0; l < num; l++) {
-            share[l] = exponential(lg[l] + co[l] - top);
-            sum += share[l];
-        }
-        float scale = 1.0f / sum;
-        if (s->remainder)
-            for (int64_t l = 0; l < num; l++) worth[l] += scale * share[l] * sqrtf(co[l]);
-        else
-            for (int64_t l = 0; l < num; l++) worth[l] += scale * share[l];
+static inline void score_tokens(int64_t dim, const Shape *s, const float *query, const void *data,
+                                const int64_t *offset, int64_t first, int64_t num, float *logits,
+                                int64_t stride) {
+    float key[MAX_DIM];
+    for (int64_t k = 0; k < num; k++) {
+        to_float(data, offset ? offset[k] : first + k * dim, s->dtype, key, dim);
+        score_token(dim, s, query, key, logits + k, stride);
     }
-    for (int64_t l = 0; l < num; l++)
-        candidates[l] = (Candidate){worth[l] / (float)count[l], (int32_t)l};
-    int64_t want = s->room < num ? s->room : num, left = s->room;
-    if (want < num) select_best(candidates, num, want);
-    qsort(candidates, want, sizeof(Candidate), by_worth);
-    memset(chosen, 0, (size_t)num);
-    for (int64_t i = 0; i < want && left > 0; i++) {
-        int32_t leaf = candidates[i].leaf;
-        if (count[leaf] > left) continue;
-        chosen[leaf] = 1;
-        left -= count[leaf];
-    }
-    return s->room - left;
 }
 
-CLONES static int step_row(const Shape *s, const Leaves *t, const void *data,
-                           const Segment *segments, int64_t num_segments, const float *query,
-                           const float *sink_logits, const float *log_of, int64_t row,
-                           float *out, int32_t *num_attended) {
-    int64_t num = t->num_leaves[row], heads = s->heads, dim = s->dim;
-    int64_t num_fixed = 0;
-    for (int64_t i = 0; i < num_segments; i++) num_fixed += segments[i].len[row];
-    int64_t stride = num_fixed + (s->room > 0 ? s->room : 0);
-    float *scratch =
-        malloc(sizeof(float) * (heads * (stride + 2 * num + 1) + 2 * num + dim) +
-               sizeof(Candidate) * num + sizeof(int64_t) * stride + num + 64);
-    if (!scratch) return -1;
-    float *logits = scratch + 0, *leaf_logits = logits + heads * stride;
-    float *correction = leaf_logits + heads * num, *fixed_lse = correction + heads * num;
-    float *worth = fixed_lse + heads, *share = worth + num, *buffer = share + num;
-    int64_t *token = (int64_t *)(((uintptr_t)(buffer + dim) + 7) & ~(uintptr_t)7);
-    Candidate *candidates = (Candidate *)(token + stride);
-    uint8_t *chosen = (uint8_t *)(candidates + num);
+static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
+                                 const int64_t *offset, int64_t first, int64_t num,
+                                 const float *weight, int64_t stride, float *out) {
+    float value[MAX_DIM];
+    for (int64_t k = 0; k < num; k++) {
+        to_float(data, offset ? offset[k] + s->page_size * dim : first + k * dim, s->dtype, value,
+                 dim);
+        for (int64_t g = 0; g < s->heads; g++)
+            add_scaled(out + g * dim, weight[g * stride + k], value, dim);
+    }
+}
 
-    int64_t at = 0;
+static inline void attend_entries(int64_t dim, const Shape *s, const Tree *t, int64_t row,
+                                  const Found *f, float *out) {
+    float value[MAX_DIM];
+    for (int64_t i = 0; i < f->num; i++) {
+        if (f->chosen[i]) continue;
+        const Level *of = t->level + f->level[i];
+        from_int8(of->value_mean + (row * of->capacity + f->id[i]) * dim, value, dim);
+        for (int64_t g = 0; g < s->heads; g++)
+            add_scaled(out + g * dim, f->logits[g * f->stride + i], value, dim);
+    }
+}
+
+CLONES static void score_fixed(const Shape *s, const Segment *segments, int64_t num_segments,
+                               const float *query, const float *sink_logits, int64_t row,
+                               Exact *e) {
+    e->num_fixed = 0;
     for (int64_t i = 0; i < num_segments; i++) {
         const Segment *seg = segments + i;
-        for (int64_t k = 0; k < seg->len[row]; k++) {
-            int64_t offset = row * seg->row_stride + (seg->start[row] + k) * dim;
-            to_float(seg->keys, offset, s->dtype, buffer, dim);
-            score_token(s, query, buffer, logits + at++, stride);
-        }
+        int64_t first = row * seg->row_stride + seg->start[row] * s->dim, len = seg->len[row];
+        BY_DIM(s->dim, score_tokens, s, query, seg->keys, 0, first, len, e->logits + e->num_fixed,
+               e->stride)
+        e->num_fixed += len;
     }
-    for (int64_t g = 0; g < heads; g++) {
+    for (int64_t g = 0; g < s->heads; g++) {
+        const float *logits = e->logits + g * e->stride;
         float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f;
-        for (int64_t k = 0; k < num_fixed; k++) top = larger(top, logits[g * stride + k]);
-        for (int64_t k = 0; k < num_fixed; k++) sum += exponential(logits[g * stride + k] - top);
+        for (int64_t k = 0; k < e->num_fixed; k++) top = larger(top, logits[k]);
+        for (int64_t k = 0; k < e->num_fixed; k++) sum += exponential(logits[k] - top);
         if (sink_logits) sum += exponential(sink_logits[g] - top);
-        fixed_lse[g] = sum > 0.0f ? top + logf(sum) : top;
+        e->lse[g] = sum > 0.0f ? top + logf(sum) : top;
     }
-    score_leaves(s, t, row, query, log_of, leaf_logits, correction, buffer);
-    int64_t selected = 0;
-    if (num > 0 && s->room > 0)
-        selected = choose(s, t, row, leaf_logits, correction, fixed_lse, worth, share,
-                          candidates, chosen);
-    else
-        memset(chosen, 0, num);
-    for (int64_t l = 0; l < num; l++) {
-        if (!chosen[l]) continue;
-        int64_t leaf = row * s->capacity + l;
-        for (int64_t i = 0; i < t->count[leaf]; i++) {
-            int64_t slot = t->slots[leaf * s->leaf_size + i];
-            token[at - num_fixed] = ((int64_t)t->page[leaf] * 2 * s->page_size + slot) * dim;
-            to_float(data, token[at - num_fixed], s->dtype, buffer, dim);
-            score_token(s, query, buffer, logits + at++, stride);
+    e->num = e->num_fixed;
+}
+
+/* Collect the tokens of the chosen leaves, leaf by leaf in their order. */
+static void gather(const Shape *s, const Tree *t, const Pages *p, int64_t row, const Found *f,
+                   Exact *e, int32_t *positions) {
+    for (int64_t i = f->num_far; i < f->num; i++) {
+        if (!f->chosen[i]) continue;
+        int64_t leaf = row * t->level[0].capacity + f->id[i];
+        int64_t page = pool_page(p, row, t->page[leaf]);
+        for (int64_t k = 0; k < (int64_t)f->count[i]; k++) {
+            int64_t slot = t->slots[leaf * s->leaf_size + k], n = e->num++ - e->num_fixed;
+            e->token[n] = (page * 2 * s->page_size + slot) * s->dim;
+            if (positions) positions[n] = p->positions[page * s->page_size + slot];
         }
     }
-    int64_t num_exact = num_fixed + selected;
+}
 
-    for (int64_t g = 0; g < heads; g++) {
-        float *exact = logits + g * stride, *rest = leaf_logits + g * num;
-        const float *co = correction + g * num;
+/* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
+CLONES static void normalise(const Shape *s, const Tree *t, int64_t row, const float *sink_logits,
+                             Exact *e, Found *f) {
+    for (int64_t i = 0; i < f->num && s->remainder; i++) {
+        const Level *of = t->level + f->level[i];
+        f->scale[i] = from_bfloat16(of->value_scale[row * of->capacity + f->id[i]]);
+    }
+    for (int64_t g = 0; g < s->heads; g++) {
+        float *exact = e->logits + g * e->stride, *rest = f->logits + g * f->stride;
+        const float *co = f->correction + g * f->stride;
         float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f;
-        for (int64_t k = 0; k < num_exact; k++) top = larger(top, exact[k]);
+        for (int64_t k = 0; k < e->num; k++) top = larger(top, exact[k]);
         if (s->remainder) {
-            for (int64_t l = 0; l < num; l++)
-                rest[l] = chosen[l] ? -1e30f : rest[l] + s->spread_weight * co[l];
-            for (int64_t l = 0; l < num; l++) top = larger(top, rest[l]);
-            for (int64_t l = 0; l < num; l++) {
-                rest[l] = exponential(rest[l] - top);
-                sum += rest[l];
+            for (int64_t i = 0; i < f->num; i++)
+                rest[i] = f->chosen[i] ? -1e30f : rest[i] + s->spread_weight * co[i];
+            for (int64_t i = 0; i < f->num; i++) top = larger(top, rest[i]);
+            for (int64_t i = 0; i < f->num; i++) {
+                rest[i] = exponential(rest[i] - top);
+                sum += rest[i];
             }
         }
-        for (int64_t k = 0; k < num_exact; k++) {
+        for (int64_t k = 0; k < e->num; k++) {
             exact[k] = exponential(exact[k] - top);
             sum += exact[k];
         }
         if (sink_logits) sum += exponential(sink_logits[g] - top);
         float scale = 1.0f / sum;
-        for (int64_t k = 0; k < num_exact; k++) exact[k] *= scale;
+        for (int64_t k = 0; k < e->num; k++) exact[k] *= scale;
         if (s->remainder)
-            for (int64_t l = 0; l < num; l++)
-                rest[l] *= scale * t->value_scale[row * s->capacity + l];
+            for (int64_t i = 0; i < f->num; i++) rest[i] *= scale * f->scale[i];
     }
+}
 
-    memset(out, 0, sizeof(float) * heads * dim);
-    at = 0;
+CLONES static void attend(const Shape *s, const Tree *t, const Pages *p, const Segment *segments,
+                          int64_t num_segments, int64_t row, const Exact *e, const Found *f,
+                          float *out) {
+    memset(out, 0, sizeof(float) * (size_t)(s->heads * s->dim));
+    int64_t at = 0;
     for (int64_t i = 0; i < num_segments; i++) {
         const Segment *seg = segments + i;
-        for (int64_t k = 0; k < seg->len[row]; k++) {
-            int64_t offset = row * seg->row_stride + (seg->start[row] + k) * dim;
-            to_float(seg->values, offset, s->dtype, buffer, dim);
-            attend_token(s, logits + at++, stride, buffer, out);
-        }
+        int64_t first = row * seg->row_stride + seg->start[row] * s->dim, len = seg->len[row];
+        BY_DIM(s->dim, attend_tokens, s, seg->values, 0, first, len, e->logits + at, e->stride, out)
+        at += len;
     }
-    for (int64_t k = 0; k < selected; k++) {
-        to_float(data, token[k] + s->page_size * dim, s->dtype, buffer, dim);
-        attend_token(s, logits + at++, stride, buffer, out);
-    }
-    if (s->remainder)
-        for (int64_t l = 0; l < num; l++) {
-            if (chosen[l]) continue;
-            from_int8(t->value_mean + (row * s->capacity + l) * dim, buffer, dim);
-            attend_token(s, leaf_logits + l, num, buffer, out);
-        }
-    *num_attended = (int32_t)num_exact;
-    free(scratch);
-    return 0;
+    BY_DIM(s->dim, attend_tokens, s, p->data, e->token, 0, e->num - at, e->logits + at, e->stride,
+           out)
+    if (s->remainder) BY_DIM(s->dim, attend_entries, s, t, row, f, out)
 }
 
 /* Attend one query token per head. Returns 0, or -1 when there is no memory for scratch. */
-EXPORT int icecache_sparse_step(const Shape *shape, const Leaves *leaves, const void *data,
+EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
                                 const Segment *segments, int64_t num_segments, const float *query,
-                                const float *sink_logits, float *out, int32_t *num_attended) {
-    int64_t per_row = shape->heads * shape->dim;
+                                const float *sink_logits, Result *result) {
+    int64_t per_row = s->heads * s->dim, room = s->room > 0 ? s->room : 0, most_fixed = 0;
+    for (int64_t row = 0; row < s->rows; row++) {
+        int64_t fixed = 0;
+        for (int64_t i = 0; i < num_segments; i++) fixed += segments[i].len[row];
+        most_fixed = fixed > most_fixed ? fixed : most_fixed;
+    }
+    int64_t stride = icecache_most_entries(s, tree), found_bytes = icecache_found_bytes(stride, s->heads);
+    Exact e = {.stride = most_fixed + room};
+    char *scratch = malloc((size_t)(found_bytes + room * (int64_t)sizeof(int64_t) +
+                                    s->heads * (e.stride + 1) * (int64_t)sizeof(float)));
+    if (!scratch) return -1;
+    Found f;
+    icecache_lay_out(&f, scratch, stride, s->heads);
+    e.token = (int64_t *)(scratch + found_bytes);
+    e.logits = (float *)(e.token + room);
+    e.lse = e.logits + s->heads * e.stride;
     float log_of[256] = {0};
     for (int i = 1; i < 256; i++) log_of[i] = logf((float)i);
-    for (int64_t row = 0; row < shape->rows; row++) {
-        const float *sinks = sink_logits ? sink_logits + row * shape->heads : 0;
-        int failed = step_row(shape, leaves, data, segments, num_segments, query + row * per_row,
-                              sinks, log_of, row, out + row * per_row, num_attended + row);
-        if (failed) return failed;
+    result->nodes_scored = result->leaves_scored = 0;
+    for (int64_t row = 0; row < s->rows; row++) {
+        const float *q = query + row * per_row;
+        const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
+        score_fixed(s, segments, num_segments, q, sinks, row, &e);
+        icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
+        gather(s, tree, pages, row, &f, &e,
+               result->positions ? result->positions + row * room : 0);
+        result->nodes_scored += f.nodes_scored;
+        result->leaves_scored += f.num - f.num_far;
+        if (result->num_attended) result->num_attended[row] = (int32_t)e.num;
+        if (!result->out) continue;
+        normalise(s, tree, row, sinks, &e, &f);
+        attend(s, tree, pages, segments, num_segments, row, &e, &f, result->out + row * per_row);
     }
+    free(scratch);
     return 0;
 }
 
 /* Sizes of the structures that Python mirrors; a library of another version has others. */
 EXPORT int64_t icecache_layout(void) {
-    return (int64_t)(sizeof(Shape) * 1000000 + sizeof(Leaves) * 1000 + sizeof(Segment)) * 10 + 1;
+    int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
+                       sizeof(Result)};
+    int64_t all = 2;
+    for (int i = 0; i < 6; i++) all = all * 1009 + sizes[i];
+    return all;
 }
 
 /* Setuptools' linkers ask for a module's entry point; this library is loaded by ctypes. */

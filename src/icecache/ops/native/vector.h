@@ -33,6 +33,20 @@ static inline void add_scaled(float *out, float weight, const float *x, int64_t 
     for (int64_t i = 0; i < dim; i++) out[i] += weight * x[i];
 }
 
+static inline float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+/* Nearest, ties to even, as torch rounds. */
+static inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 static inline void from_int8(const int8_t *codes, float *out, int64_t dim) {
     for (int64_t i = 0; i < dim; i++) out[i] = (float)codes[i];
 }
@@ -57,15 +71,23 @@ static inline void to_float(const void *data, int64_t offset, int32_t dtype, flo
         memcpy(out, (const float *)data + offset, sizeof(float) * dim);
     } else if (dtype == BFLOAT16) {
         const uint16_t *bits = (const uint16_t *)data + offset;
-        for (int64_t i = 0; i < dim; i++) {
-            uint32_t wide = (uint32_t)bits[i] << 16;
-            memcpy(out + i, &wide, 4);
-        }
+        for (int64_t i = 0; i < dim; i++) out[i] = from_bfloat16(bits[i]);
     } else {
         const uint16_t *bits = (const uint16_t *)data + offset;
         for (int64_t i = 0; i < dim; i++) out[i] = from_half(bits[i]);
     }
 }
+
+/* Call f with a head_dim that the compiler knows, so that its loops are unrolled. */
+#define BY_DIM(dim, f, ...)               \
+    switch (dim) {                        \
+    case 64: f(64, __VA_ARGS__); break;   \
+    case 80: f(80, __VA_ARGS__); break;   \
+    case 96: f(96, __VA_ARGS__); break;   \
+    case 128: f(128, __VA_ARGS__); break; \
+    case 256: f(256, __VA_ARGS__); break; \
+    default: f(dim, __VA_ARGS__);         \
+    }
 
 /* exp(x) for x <= 0, relative error below 2e-7, 0 below -87; no branch. */
 static inline float exponential(float x) {

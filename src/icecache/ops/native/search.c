@@ -1,0 +1,282 @@
+/* Search one row of the tree: which nodes to expand, which leaves to attend.
+ *
+ * A row of few leaves is scanned flat. Others are searched from the top: the nodes of a level are
+ * scored by their summaries, the best `field_of_view` are expanded into their children, the rest
+ * stays as it is, a far field. The plain twin is tree/search.py with attention/select.py.
+ */
+#include "search.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "vector.h"
+
+static int better(Candidate a, Candidate b) {
+    return a.worth > b.worth || (a.worth == b.worth && a.id < b.id);
+}
+
+/* Move the `want` best to the front, in no order (quickselect, median of three). */
+static void select_best(Candidate *c, int64_t num, int64_t want) {
+    int64_t low = 0, high = num - 1;
+    while (low < high) {
+        Candidate a = c[low], b = c[low + (high - low) / 2], d = c[high];
+        Candidate pivot = better(a, b) ? (better(b, d) ? b : (better(a, d) ? d : a))
+                                       : (better(a, d) ? a : (better(b, d) ? d : b));
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (better(c[i], pivot)) i++;
+            while (better(pivot, c[j])) j--;
+            if (i <= j) {
+                Candidate swap = c[i];
+                c[i++] = c[j];
+                c[j--] = swap;
+            }
+        }
+        if (want - 1 <= j) high = j;
+        else if (want - 1 >= i) low = i;
+        else return;
+    }
+}
+
+static void sift_down(Candidate *heap, int64_t num, int64_t at) {
+    Candidate moving = heap[at];
+    for (int64_t child; (child = 2 * at + 1) < num; at = child) {
+        if (child + 1 < num && better(heap[child + 1], heap[child])) child++;
+        if (!better(heap[child], moving)) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = moving;
+}
+
+static inline void dot_heads(int64_t dim, const float *query, int64_t heads, const int8_t *codes,
+                             float *out, int64_t stride) {
+    float mean[MAX_DIM];
+    from_int8(codes, mean, dim);
+    for (int64_t g = 0; g < heads; g++) out[g * stride] = dot(query + g * dim, mean, dim);
+}
+
+static inline void dot_entries(int64_t dim, const Level *level, int64_t row, const float *query,
+                               int64_t heads, const int32_t *id, int64_t num, float *out,
+                               int64_t stride) {
+    const int8_t *codes = level->key_mean + row * level->capacity * dim;
+    for (int64_t i = 0; i < num; i++) {
+#if defined(__GNUC__)
+        /* children lie apart; the next ones are on their way while these are scored */
+        if (i + 8 < num) __builtin_prefetch(codes + (int64_t)id[i + 8] * dim);
+#endif
+        dot_heads(dim, query, heads, codes + (int64_t)id[i] * dim, out + i, stride);
+    }
+}
+
+/* Logits and corrections of entries `from` on, whose ids are given. */
+CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t row,
+                         const float *query, const float *log_of, int64_t from, int64_t num,
+                         Found *f) {
+    const Level *of = t->level + level;
+    int64_t first = row * of->capacity;
+    const float largest = level ? LARGEST_NODE_CORRECTION : LARGEST_LEAF_CORRECTION;
+    int32_t *id = f->id + from;
+    memset(f->level + from, (int)level, (size_t)num);
+    BY_DIM(s->dim, dot_entries, of, row, query, s->heads, id, num, f->logits + from, f->stride)
+    for (int64_t i = 0; i < num; i++) {
+        int64_t at = first + id[i], count = count_of(of, level, at);
+        f->count[from + i] = (float)count;
+        f->scale[from + i] = s->scaling * from_bfloat16(of->key_scale[at]);
+        f->spread[from + i] = from_bfloat16(of->spread[at]);
+        f->log_count[from + i] = count < 256 ? log_of[count] : logf((float)count);
+    }
+    const float *scale = f->scale + from, *spread = f->spread + from, *more = f->log_count + from;
+    for (int64_t g = 0; g < s->heads; g++) {
+        const float *q = query + g * s->dim;
+        float half_norm = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
+        float *logits = f->logits + g * f->stride + from;
+        float *correction = f->correction + g * f->stride + from;
+        if (s->softcap <= 0.0f) {
+            for (int64_t i = 0; i < num; i++) {
+                float second = half_norm * spread[i];
+                logits[i] = scale[i] * logits[i] + more[i];
+                correction[i] = second < largest ? second : largest;
+            }
+        } else {
+            for (int64_t i = 0; i < num; i++) {
+                float squashed = tanhf(scale[i] * logits[i] / s->softcap);
+                float slope = 1.0f - squashed * squashed;
+                float second = half_norm * spread[i] * slope * slope;
+                logits[i] = s->softcap * squashed + more[i];
+                correction[i] = second < largest ? second : largest;
+            }
+        }
+    }
+}
+
+/* Summed over heads: an entry's share of all attention, times how wrong its estimate may be. */
+CLONES static void weigh(const Shape *s, Found *f, int64_t from, int64_t num) {
+    float *worth = f->worth, *share = f->share;
+    memset(worth, 0, sizeof(float) * (size_t)num);
+    for (int64_t g = 0; g < s->heads; g++) {
+        const float *lg = f->logits + g * f->stride + from;
+        const float *co = f->correction + g * f->stride + from;
+        float top = f->lse[g];
+        for (int64_t i = 0; i < num; i++) top = larger(top, lg[i] + co[i]);
+        float sum = exponential(f->lse[g] - top);
+        for (int64_t i = 0; i < num; i++) {
+            share[i] = exponential(lg[i] + co[i] - top);
+            sum += share[i];
+        }
+        float scale = 1.0f / sum;
+        if (s->remainder)
+            for (int64_t i = 0; i < num; i++) worth[i] += scale * share[i] * sqrtf(co[i]);
+        else
+            for (int64_t i = 0; i < num; i++) worth[i] += scale * share[i];
+    }
+}
+
+/* Add the attention of entries that will not be looked at again to what is beside the others. */
+CLONES static void set_aside(const Shape *s, Found *f, int64_t from, int64_t num) {
+    for (int64_t g = 0; g < s->heads && num > 0; g++) {
+        const float *lg = f->logits + g * f->stride + from;
+        const float *co = f->correction + g * f->stride + from;
+        float top = f->lse[g], sum = 0.0f;
+        for (int64_t i = 0; i < num; i++) top = larger(top, lg[i] + co[i]);
+        for (int64_t i = 0; i < num; i++) sum += exponential(lg[i] + co[i] - top);
+        f->lse[g] = top + logf(sum + exponential(f->lse[g] - top));
+    }
+}
+
+static int64_t append_children(const Tree *t, int64_t level, int64_t row, int64_t node,
+                               int32_t *out, int64_t num) {
+    const Level *below = t->level + level - 1;
+    const int32_t *next = below->next + row * below->capacity;
+    int32_t child = t->level[level].first[row * t->level[level].capacity + node];
+    for (; child >= 0; child = next[child]) out[num++] = child;
+    return num;
+}
+
+/* Score the nodes of a level, expand the best, keep the rest; returns the number of children. */
+static int64_t expand(const Shape *s, const Tree *t, int64_t level, int64_t row,
+                      const float *query, const float *log_of, int64_t num, Found *f) {
+    int64_t from = f->num_far, children = 0, kept = 0, field = s->field_of_view;
+    if (num <= field) {
+        for (int64_t i = 0; i < num; i++)
+            children = append_children(t, level, row, f->id[from + i], f->frontier, children);
+        return children;
+    }
+    score(s, t, level, row, query, log_of, from, num, f);
+    f->nodes_scored += num;
+    weigh(s, f, from, num);
+    for (int64_t i = 0; i < num; i++)
+        f->candidates[i] = (Candidate){f->worth[i], f->id[from + i], (int32_t)i};
+    select_best(f->candidates, num, field);
+    memset(f->chosen + from, 0, (size_t)num);
+    for (int64_t i = 0; i < field; i++) f->chosen[from + f->candidates[i].entry] = 1;
+    for (int64_t i = 0; i < num; i++) {
+        int64_t old = from + i, new = from + kept;
+        if (f->chosen[old]) {
+            children = append_children(t, level, row, f->id[old], f->frontier, children);
+            continue;
+        }
+        f->id[new] = f->id[old];
+        f->level[new] = f->level[old];
+        f->count[new] = f->count[old];
+        for (int64_t g = 0; g < s->heads; g++) {
+            f->logits[g * f->stride + new] = f->logits[g * f->stride + old];
+            f->correction[g * f->stride + new] = f->correction[g * f->stride + old];
+        }
+        kept++;
+    }
+    memset(f->chosen + from, 0, (size_t)kept);
+    set_aside(s, f, from, kept);
+    f->num_far += kept;
+    return children;
+}
+
+/* Of the `room` best leaves by worth a token, whatever still fits. */
+static void choose(const Shape *s, Found *f, int64_t num) {
+    const float *count = f->count + f->num_far;
+    uint8_t *chosen = f->chosen + f->num_far;
+    memset(chosen, 0, (size_t)num);
+    f->selected = 0;
+    if (s->room <= 0 || num == 0) return;
+    weigh(s, f, f->num_far, num);
+    Candidate *heap = f->candidates;
+    for (int64_t i = 0; i < num; i++)
+        heap[i] = (Candidate){f->worth[i] / count[i], f->id[f->num_far + i], (int32_t)i};
+    for (int64_t at = num / 2 - 1; at >= 0; at--) sift_down(heap, num, at);
+    for (int64_t best = 0; best < s->room && num > 0 && f->selected < s->room; best++) {
+        int64_t i = heap[0].entry, size = (int64_t)count[i];
+        if (f->selected + size <= s->room) {
+            chosen[i] = 1;
+            f->selected += size;
+        }
+        heap[0] = heap[--num];
+        sift_down(heap, num, 0);
+    }
+}
+
+static int64_t top_level(const Tree *t, int64_t row) {
+    int64_t level = 0;
+    while (level + 1 < t->num_levels && t->level[level + 1].num[row] > 0) level++;
+    return level;
+}
+
+static int is_flat(const Shape *s, const Tree *t, int64_t row) {
+    return t->level[0].num[row] <= s->crossover || top_level(t, row) == 0;
+}
+
+void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                         const float *fixed_lse, const float *log_of, Found *f) {
+    int64_t level = is_flat(s, t, row) ? 0 : top_level(t, row), num = t->level[level].num[row];
+    f->num_far = f->nodes_scored = 0;
+    memcpy(f->lse, fixed_lse, sizeof(float) * (size_t)s->heads);
+    for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
+    for (; level > 0; level--) {
+        num = expand(s, t, level, row, query, log_of, num, f);
+        memcpy(f->id + f->num_far, f->frontier, sizeof(int32_t) * (size_t)num);
+    }
+    score(s, t, 0, row, query, log_of, f->num_far, num, f);
+    f->num = f->num_far + num;
+    choose(s, f, num);
+}
+
+int64_t icecache_most_entries(const Shape *s, const Tree *t) {
+    int64_t most = 1, children = s->field_of_view * s->most_children;
+    for (int64_t row = 0; row < s->rows; row++) {
+        int64_t level = is_flat(s, t, row) ? 0 : top_level(t, row);
+        int64_t entries = t->level[level].num[row];
+        while (level-- > 0) {
+            int64_t num = t->level[level].num[row];
+            entries += num < children ? num : children;
+        }
+        most = entries > most ? entries : most;
+    }
+    return most;
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+int64_t icecache_found_bytes(int64_t stride, int64_t heads) {
+    return aligned((2 * heads + 6) * stride * (int64_t)sizeof(float)) +
+           aligned(heads * (int64_t)sizeof(float)) + aligned(2 * stride * (int64_t)sizeof(int32_t)) +
+           aligned(stride * (int64_t)sizeof(Candidate)) + aligned(2 * stride) + 64;
+}
+
+void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads) {
+    char *at = (char *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    f->stride = stride;
+    f->logits = (float *)at;
+    f->correction = f->logits + heads * stride;
+    float **arrays[] = {&f->count, &f->scale, &f->spread, &f->log_count, &f->worth, &f->share};
+    for (int64_t i = 0; i < 6; i++) *arrays[i] = f->correction + (heads + i) * stride;
+    at += aligned((2 * heads + 6) * stride * (int64_t)sizeof(float));
+    f->lse = (float *)at;
+    at += aligned(heads * (int64_t)sizeof(float));
+    f->id = (int32_t *)at;
+    f->frontier = f->id + stride;
+    at += aligned(2 * stride * (int64_t)sizeof(int32_t));
+    f->candidates = (Candidate *)at;
+    at += aligned(stride * (int64_t)sizeof(Candidate));
+    f->level = (uint8_t *)at;
+    f->chosen = f->level + stride;
+}

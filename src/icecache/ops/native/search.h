@@ -1,0 +1,36 @@
+/* What a search finds of one row, and the room it works in. */
+#ifndef ICECACHE_SEARCH_H
+#define ICECACHE_SEARCH_H
+
+#include "layer.h"
+
+#define LARGEST_LEAF_CORRECTION 2.0f
+#define LARGEST_NODE_CORRECTION 4.0f
+
+typedef struct {
+    float worth;
+    int32_t id, entry;
+} Candidate;
+
+/* Entries: the nodes that were not expanded, then the leaves that were scored. */
+typedef struct {
+    int64_t stride, num_far, num, nodes_scored, selected;
+    int32_t *id;
+    uint8_t *level, *chosen;
+    float *logits, *correction; /* [heads, stride] */
+    float *count, *scale, *spread, *log_count, *worth, *share; /* [stride] */
+    float *lse; /* [heads], of all that is attended beside the entries in question */
+    int32_t *frontier;
+    Candidate *candidates;
+} Found;
+
+/* Most entries of any row; the length that `lay_out` wants. */
+int64_t icecache_most_entries(const Shape *s, const Tree *t);
+int64_t icecache_found_bytes(int64_t stride, int64_t heads);
+void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads);
+
+/* Score the leaves near the query and the nodes far from it, choose leaves within the room. */
+void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                         const float *fixed_lse, const float *log_of, Found *f);
+
+#endif

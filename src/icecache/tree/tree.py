@@ -1,0 +1,221 @@
+"""The tree over a layer's leaves: nodes group leaves, upper nodes group nodes.
+
+Level 0 holds the leaves. A row has as many further levels as it takes for its top to have at most
+`WIDEST_TOP` nodes; a short row has none. A node's summary is made of its children's summaries,
+always from all of them, so that nothing drifts while leaves take tokens and are cut.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icecache.config import IceCacheConfig
+from icecache.errors import IntegrityError
+from icecache.ops.batched import merge_summaries
+from icecache.ops.native import MOST_LEVELS, pointer
+from icecache.ops.native import Tree as NativeTree
+from icecache.tree.build import group_by_nearness
+from icecache.tree.level import Level
+from icecache.tree.table import LeafTable
+
+__all__ = ["GROWN_TOP", "WIDEST_TOP", "Tree"]
+
+WIDEST_TOP = 128
+GROWN_TOP = 256
+
+
+class Tree:
+    """Leaves and nodes of one layer, all rows (batch x KV heads).
+
+    Parameters
+    ----------
+    config : IceCacheConfig
+    num_rows, head_dim : int
+    """
+
+    def __init__(self, config: IceCacheConfig, num_rows: int, head_dim: int) -> None:
+        self._config = config
+        self.leaves = LeafTable(num_rows, head_dim, config.leaf_size)
+        self.levels: list[Level] = [self.leaves]
+        self._native: tuple[NativeTree, list[object]] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tree."""
+        return self.leaves.num_rows
+
+    @property
+    def most_children(self) -> int:
+        """Children of a node at most."""
+        return 2 * self._config.fan_out
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes above the leaves, of all rows."""
+        return sum(level.total for level in self.levels[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of leaves and nodes in use."""
+        return sum(level.nbytes for level in self.levels)
+
+    def top(self, row: int) -> int:
+        """Return the row's highest level."""
+        return max(i for i, level in enumerate(self.levels) if i == 0 or level.num[row] > 0)
+
+    def native(self) -> NativeTree:
+        """Return the arrays' addresses for the compiled ops, valid until a level grows."""
+        levels: list[object] = [level.native() for level in self.levels]
+        if self._native is None or any(
+            a is not b for a, b in zip(levels, self._native[1], strict=True)
+        ):
+            tree = NativeTree(
+                page=pointer(self.leaves.array("page")),
+                slots=pointer(self.leaves.array("slots")),
+                num_levels=len(levels),
+            )
+            for i, level in enumerate(levels):
+                tree.level[i] = level
+            self._native = tree, levels
+        return self._native[0]
+
+    def extend(self, first: list[int], per_row: list[int], parents: Tensor) -> None:
+        """Take new leaves, already summarised, into the levels above.
+
+        Parameters
+        ----------
+        first : list of int
+            Each row's first new leaf.
+        per_row : list of int
+            New leaves of each row.
+        parents : Tensor, shape [leaves], int64
+            The node of each new leaf, numbered over all rows; a node's leaves lie together.
+        """
+        row = torch.repeat_interleave(torch.tensor(per_row))
+        leaf = torch.cat(
+            [torch.arange(f, f + n) for f, n in zip(first, per_row, strict=True)] or [parents]
+        )
+        grown = [r for r, num in enumerate(per_row) if num]
+        takes = [r for r in grown if self.top(r) or (first[r] == 0 and self._is_wide(0, r))]
+        chosen = torch.isin(row, torch.tensor(takes, dtype=torch.int64))
+        if takes:
+            self._make_nodes(1, row[chosen], leaf[chosen], parents[chosen])
+        for r in takes:
+            for level in self.levels[2:]:
+                level.clear(r)
+        level = 0
+        while rows := [r for r in grown if self.top(r) == level and self._is_wide(level, r)] or (
+            level < max((self.top(r) for r in grown), default=0)
+        ):
+            if isinstance(rows, list):
+                self._group(level, rows)
+            level += 1
+
+    def raise_top(self, row: int) -> None:
+        """Put a level above a top that grew too wide."""
+        if int(self.levels[self.top(row)].num[row]) > GROWN_TOP:
+            self._group(self.top(row), [row])
+
+    def reserve_growth(self) -> None:
+        """Make room for one more leaf or node in every level."""
+        for level in self.levels:
+            if level.longest + 1 > level.capacity:
+                level.reserve(max(level.longest + 1, level.capacity * 3 // 2))
+
+    def summarize_node(self, level: int, row: int, node: int) -> None:
+        """Recompute a node from its children."""
+        children = torch.tensor(self.levels[level].children(row, node, self.levels[level - 1]))
+        rows, nodes = torch.full_like(children, row), torch.zeros_like(children)
+        self._summarize(level, torch.tensor([row]), torch.tensor([node]), rows, children, nodes)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take rows, repeated or dropped, in a new order; pages are the caller's concern."""
+        for level in self.levels:
+            level.reorder(rows)
+        self._native = None
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless the levels hold each leaf and node exactly once."""
+        self.leaves.check_integrity()
+        for row in range(self.num_rows):
+            top = self.top(row)
+            for number in range(1, top + 1):
+                self._check_level(number, row)
+
+    def _check_level(self, number: int, row: int) -> None:
+        level, below = self.levels[number], self.levels[number - 1]
+        children = [level.children(row, n, below) for n in range(int(level.num[row]))]
+        found = sorted(child for each in children for child in each)
+        if found != list(range(int(below.num[row]))):
+            raise IntegrityError(f"row {row}: level {number} does not hold each child once")
+        if any(not 0 < len(each) <= self.most_children for each in children):
+            raise IntegrityError(f"row {row}: a node of level {number} has too many children")
+        ids = torch.tensor([node for node, each in enumerate(children) for _ in each])
+        made = self._merge(number, torch.full_like(ids, row), torch.tensor(found_order(children)), ids)
+        kept, num = level.view(), int(level.num[row])
+        if kept.count[row, :num].tolist() != made[0].tolist():
+            raise IntegrityError(f"row {row}: tokens of a node of level {number} are miscounted")
+        for name, mean, kept_mean, scale in (
+            ("key", made[1], kept.keys()[row, :num], kept.key_scale[row, :num]),
+            ("value", made[2], kept.values()[row, :num], kept.value_scale[row, :num]),
+        ):
+            # rounding to int8 is half a step; sums in another order may round the other way
+            if bool(((mean - kept_mean).abs() > 1.01 * scale.float()[:, None] + 1e-6).any()):
+                raise IntegrityError(f"row {row}: {name} mean of a node of level {number} is off")
+        spread = made[3] + kept.key_scale[row, :num].float().square() * level.head_dim / 12
+        if not torch.allclose(kept.spread[row, :num].float(), spread, rtol=1e-2, atol=1e-6):
+            raise IntegrityError(f"row {row}: spread of a node of level {number} is off")
+
+    def _is_wide(self, level: int, row: int) -> bool:
+        return int(self.levels[level].num[row]) > WIDEST_TOP
+
+    def _group(self, level: int, rows: list[int]) -> None:
+        """Make the level above from all leaves or nodes of rows."""
+        here = self.levels[level]
+        lens = [int(here.num[row]) for row in rows]
+        means = here.view().keys()
+        points = torch.cat([means[row, :num] for row, num in zip(rows, lens, strict=True)])
+        parents, _ = group_by_nearness(points, lens, self._config, above=True)
+        row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lens))
+        child = torch.cat([torch.arange(num) for num in lens])
+        order = torch.argsort(parents, stable=True)
+        self._make_nodes(level + 1, row[order], child[order], parents[order])
+
+    def _make_nodes(self, level: int, row: Tensor, child: Tensor, parents: Tensor) -> None:
+        """Open a node for each of `parents`; rising, so that a node's children lie together."""
+        if level == len(self.levels):
+            if level == MOST_LEVELS:
+                raise IntegrityError(f"a tree has at most {MOST_LEVELS} levels")
+            self.levels.append(Level(self.num_rows, self.leaves.head_dim))
+        above, below = self.levels[level], self.levels[level - 1]
+        _, ids = torch.unique_consecutive(parents, return_inverse=True)
+        begins = torch.cat([torch.ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])
+        row_of_node = row[begins]
+        per_row = torch.bincount(row_of_node, minlength=self.num_rows).tolist()
+        room = max(int(have) + new for have, new in zip(above.num, per_row, strict=True))
+        above.reserve(room + max(room // 4, below.capacity // self.most_children))
+        firsts = [above.add(r, num) if num else 0 for r, num in enumerate(per_row)]
+        numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
+        node = torch.cat([numbers[r] for r in row_of_node.unique_consecutive().tolist()])
+        below.link(row, child, node[ids], above)
+        self._summarize(level, row_of_node, node, row, child, ids)
+
+    def _summarize(
+        self, level: int, row: Tensor, node: Tensor, row_of_child: Tensor, child: Tensor, ids: Tensor
+    ) -> None:
+        """Recompute nodes, shape [n], from their children, shape [m]; ids: [m], from 0 to n."""
+        above = self.levels[level]
+        count, keys, values, spread = self._merge(level, row_of_child, child, ids)
+        above.set_counts(row, node, count)
+        above.set_summaries(row, node, keys, values, spread)
+
+    def _merge(self, level: int, row: Tensor, child: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        below = self.levels[level - 1].at(row, child)
+        return merge_summaries(
+            below.keys(), below.values(), below.spread, below.count.long(), ids, int(ids.max()) + 1
+        )
+
+
+def found_order(children: list[list[int]]) -> list[int]:
+    """Return all children, node after node."""
+    return [child for each in children for child in each]
