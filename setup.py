@@ -8,8 +8,11 @@ setup(
     ext_modules=[
         Extension(
             "icecache.ops._native",
-            sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert")],
-            depends=[f"src/icecache/ops/native/{name}.h" for name in ("layer", "vector")],
+            sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert", "group")],
+            depends=[
+                f"src/icecache/ops/native/{name}.h"
+                for name in ("layer", "vector", "nearest", "nearest_tile")
+            ],
             libraries=[] if sys.platform == "win32" else ["m"],
             # sums may be reordered and numbers are finite, so that loops become vector code
             extra_compile_args=[

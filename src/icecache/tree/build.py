@@ -1,8 +1,4 @@
-"""Build: keys to leaves, leaves to parents, for all rows at once.
-
-Each KV head's mean key is subtracted first: distances between keys with a large common offset
-lose their digits in low precision, and lengths stop meaning anything.
-"""
+"""Build: keys to leaves, leaves to parents, for all rows at once."""
 
 from typing import NamedTuple
 
@@ -10,8 +6,10 @@ import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.ops.batched import summarize
+from icecache.ops.batched import sum_groups
+from icecache.ops.dispatch import resolve_backend
 from icecache.tree.cluster import GroupRule, group
+from icecache.tree.native_group import group_native
 
 __all__ = ["Leaves", "build_leaves"]
 
@@ -43,9 +41,6 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     config : IceCacheConfig
         `leaf_target`, `leaf_size`, `refine_rounds`, `segment_tokens`, `fan_out`, `seed`.
     """
-    row = torch.repeat_interleave(torch.tensor(row_lens))
-    _, mean, _, _ = summarize(keys, keys[:, :0], row, len(row_lens))
-    centred = keys - mean[row]
     rule = GroupRule(
         config.leaf_target,
         config.leaf_size,
@@ -53,8 +48,10 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
         config.segment_tokens,
         config.seed,
     )
-    ids, per_row = group(centred, row_lens, rule)
-    _, leaf_mean, _, _ = summarize(centred, centred[:, :0], ids, sum(per_row))
+    by_nearness = group_native if resolve_backend(config.backend) == "native" else group
+    ids, per_row = by_nearness(keys, row_lens, rule)
+    num = sum(per_row)
+    leaf_mean = sum_groups(keys, ids, num) / torch.bincount(ids, minlength=num)[:, None]
     above = rule._replace(target=config.fan_out, largest=2 * config.fan_out, rounds=1)
-    parents, _ = group(leaf_mean, per_row, above)
+    parents, _ = by_nearness(leaf_mean, per_row, above)
     return Leaves(ids, per_row, parents)

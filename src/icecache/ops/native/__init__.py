@@ -1,4 +1,4 @@
-"""The compiled ops: step.c and insert.c through ctypes.
+"""The compiled ops: step.c, insert.c and group.c through ctypes.
 
 Built at installation where there is a C compiler. `load` says clearly where it is not.
 """
@@ -128,6 +128,14 @@ def load() -> ctypes.CDLL:
         c_void_p,
     ]
     library.icecache_insert.restype = c_int
+    library.icecache_group.argtypes = [
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_int64,
+        *(c_void_p,) * 3,
+    ]
+    library.icecache_group.restype = c_int
     return library
 
 
