@@ -8,8 +8,13 @@ setup(
     ext_modules=[
         Extension(
             "icecache.ops._native",
-            sources=[f"src/icecache/ops/native/{name}.c" for name in ("search", "step", "insert")],
-            depends=[f"src/icecache/ops/native/{name}.h" for name in ("layer", "vector", "search", "pages", "summary")],
+            sources=[
+                f"src/icecache/ops/native/{name}.c" for name in ("search", "step", "insert", "group")
+            ],
+            depends=[
+                f"src/icecache/ops/native/{name}.h"
+                for name in ("layer", "vector", "search", "pages", "summary", "nearest", "nearest_tile")
+            ],
             libraries=[] if sys.platform == "win32" else ["m"],
             # sums may be reordered and numbers are finite, so that loops become vector code
             extra_compile_args=[

@@ -1,5 +1,8 @@
 """Grouping: every point in one group, none too large, the same every time and in every batch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +17,19 @@ from icecache.tree.cluster import (
     sort_within,
     split_oversized,
 )
-from tests.helpers import clustered, rng
+from icecache.tree.native_group import group_native
+from tests.helpers import FAST_BACKENDS, HAS_NATIVE, clustered, rng
+
+Group = Callable[[Tensor, list[int], GroupRule], tuple[Tensor, list[int]]]
 
 RULE = GroupRule(target=5, largest=8, rounds=2, segment=256, seed=0)
 ROW_LENS = [0, 1, 37, 255, 256, 257, 700, 0]
+
+
+@pytest.fixture(params=[group, *([group_native] if HAS_NATIVE else [])])
+def grouping(request: pytest.FixtureRequest) -> Group:
+    """The compiled grouping and its twin keep the same promises."""
+    return request.param
 
 
 def _assert_partition(ids: Tensor, per_row: list[int], row_lens: list[int], largest: int) -> None:
@@ -33,72 +45,76 @@ def _assert_partition(ids: Tensor, per_row: list[int], row_lens: list[int], larg
 
 @pytest.mark.parametrize("dim", [1, 3, 64, 80, 256])
 @pytest.mark.parametrize("segment", [16, 256, 2048])
-def test_every_point_is_in_one_group_of_its_row(dim: int, segment: int) -> None:
+def test_every_point_is_in_one_group_of_its_row(grouping: Group, dim: int, segment: int) -> None:
     rule = RULE._replace(segment=segment)
-    ids, per_row = group(clustered(0, sum(ROW_LENS), dim), ROW_LENS, rule)
+    ids, per_row = grouping(clustered(0, sum(ROW_LENS), dim), ROW_LENS, rule)
     _assert_partition(ids, per_row, ROW_LENS, RULE.largest)
 
 
 @pytest.mark.parametrize("target", [1, 4, 9, 40])
 @pytest.mark.parametrize("largest", [1, 2, 9])
 @pytest.mark.parametrize("rounds", [0, 3])
-def test_any_rule(target: int, largest: int, rounds: int) -> None:
+def test_any_rule(grouping: Group, target: int, largest: int, rounds: int) -> None:
     rule = GroupRule(target, largest, rounds, 100, seed=7)
-    ids, per_row = group(clustered(1, sum(ROW_LENS), 16), ROW_LENS, rule)
+    ids, per_row = grouping(clustered(1, sum(ROW_LENS), 16), ROW_LENS, rule)
     _assert_partition(ids, per_row, ROW_LENS, largest)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("segment", [64, 2048])
 @pytest.mark.parametrize("lens", [ROW_LENS, [1500, 1900, 200, 2100]])
-def test_a_row_alone_is_grouped_as_in_a_batch(lens: list[int], dim: int, segment: int) -> None:
+def test_a_row_alone_is_grouped_as_in_a_batch(
+    grouping: Group, lens: list[int], dim: int, segment: int
+) -> None:
     """Bit for bit: sums of a row's points must not depend on how many points there are in all."""
     points, rule = clustered(2, sum(lens), dim), RULE._replace(segment=segment)
-    ids, per_row = group(points, lens, rule)
+    ids, per_row = grouping(points, lens, rule)
     first_point = first_group = 0
     for length, num_groups in zip(lens, per_row, strict=True):
         if length:
-            alone, (num_alone,) = group(points[first_point : first_point + length], [length], rule)
+            alone, (num_alone,) = grouping(
+                points[first_point : first_point + length], [length], rule
+            )
             assert num_alone == num_groups
             in_batch = ids[first_point : first_point + length] - first_group
             assert torch.equal(alone, in_batch)
         first_point, first_group = first_point + length, first_group + num_groups
 
 
-def test_one_thread_and_two_give_the_same_groups() -> None:
+def test_one_thread_and_two_give_the_same_groups(grouping: Group) -> None:
     points, before = clustered(3, 4000, 64), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
-            results.append(group(points, [3000, 1000], RULE._replace(segment=2048)))
+            results.append(grouping(points, [3000, 1000], RULE._replace(segment=2048)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
     assert torch.equal(results[0][0], results[2][0]) and results[0][1] == results[2][1]
 
 
-def test_the_seed_decides_which_keys_are_promoted() -> None:
+def test_the_seed_decides_which_keys_are_promoted(grouping: Group) -> None:
     points = clustered(4, 500, 16)
-    first, _ = group(points, [500], RULE)
-    other, per_row = group(points, [500], RULE._replace(seed=3))
+    first, _ = grouping(points, [500], RULE)
+    other, per_row = grouping(points, [500], RULE._replace(seed=3))
     assert not torch.equal(first, other)
     _assert_partition(other, per_row, [500], RULE.largest)
-    assert torch.equal(first, group(points, [500], RULE)[0])
+    assert torch.equal(first, grouping(points, [500], RULE)[0])
 
 
 @pytest.mark.parametrize("num", [1, 2, 8, 9, 5000])
-def test_equal_points(num: int) -> None:
-    ids, per_row = group(torch.ones(num, 16), [num], RULE)
+def test_equal_points(grouping: Group, num: int) -> None:
+    ids, per_row = grouping(torch.ones(num, 16), [num], RULE)
     _assert_partition(ids, per_row, [num], RULE.largest)
     # halving 5,000 again and again ends between 4 and 8
     assert per_row[0] <= max(1, num / (RULE.largest / 2))
 
 
-def test_a_few_points_among_many_equal_ones_keep_apart() -> None:
+def test_a_few_points_among_many_equal_ones_keep_apart(grouping: Group) -> None:
     points = torch.zeros(600, 16)
     points[::100] = 50 + torch.arange(6.0)[:, None]
-    ids, per_row = group(points, [600], RULE)
+    ids, per_row = grouping(points, [600], RULE)
     _assert_partition(ids, per_row, [600], RULE.largest)
     far = ids[::100]
     assert not bool(torch.isin(ids[points[:, 0] == 0], far).any())
@@ -122,10 +138,10 @@ def test_segments_hold_near_points() -> None:
     assert float(within) < 0.5 * float(points.var(0).sum())
 
 
-def test_groups_are_tight() -> None:
+def test_groups_are_tight(grouping: Group) -> None:
     """The mean squared distance within groups is far below that of groups by position."""
     points = clustered(7, 2000, 32, centres=100)
-    ids, per_row = group(points, [2000], RULE)
+    ids, per_row = grouping(points, [2000], RULE)
     by_position = torch.arange(2000) // 5
     assert _scatter(points, ids, per_row[0]) < 0.6 * _scatter(points, by_position, 400)
 
@@ -170,9 +186,10 @@ def test_sort_within_is_stable() -> None:
     assert sort_within(ids, key).tolist() == [1, 3, 2, 0, 4]
 
 
-def test_build_leaves_ignores_a_common_offset() -> None:
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_build_leaves_ignores_a_common_offset(backend: Any) -> None:
     """Keys with a large common offset are clustered as without it: they are centred first."""
-    config = IceCacheConfig()
+    config = IceCacheConfig(backend=backend)
     keys = clustered(10, 600, 64).mul(1024).round() / 1024
     plain, shifted = (build_leaves(k, [400, 200], config) for k in (keys, keys + 4096.0))
     same = plain.ids == shifted.ids
@@ -180,8 +197,9 @@ def test_build_leaves_ignores_a_common_offset() -> None:
     assert float(same.float().mean()) > 0.95
 
 
-def test_parents_hold_near_leaves_of_one_row() -> None:
-    config, lens = IceCacheConfig(fan_out=4), [300, 0, 41]
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_parents_hold_near_leaves_of_one_row(backend: Any) -> None:
+    config, lens = IceCacheConfig(fan_out=4, backend=backend), [300, 0, 41]
     leaves = build_leaves(clustered(11, 341, 64), lens, config)
     _assert_partition(leaves.ids, leaves.per_row, lens, config.leaf_size)
     leaf_row = torch.repeat_interleave(torch.tensor(leaves.per_row))

@@ -1,8 +1,4 @@
-"""Build: keys to leaves, leaves to parents, for all rows at once.
-
-Each KV head's mean key is subtracted first: distances between keys with a large common offset
-lose their digits in low precision, and lengths stop meaning anything.
-"""
+"""Build: keys to leaves, leaves to parents, for all rows at once."""
 
 from typing import NamedTuple
 
@@ -10,10 +6,12 @@ import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.ops.batched import summarize
+from icecache.ops.batched import sum_groups
+from icecache.ops.dispatch import resolve_backend
 from icecache.tree.cluster import GroupRule, group
+from icecache.tree.native_group import group_native
 
-__all__ = ["Leaves", "build_leaves"]
+__all__ = ["Leaves", "build_leaves", "group_nodes"]
 
 
 class Leaves(NamedTuple):
@@ -43,18 +41,31 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     config : IceCacheConfig
         `leaf_target`, `leaf_size`, `refine_rounds`, `segment_tokens`, `fan_out`, `seed`.
     """
-    row = torch.repeat_interleave(torch.tensor(row_lens))
-    _, mean, _, _ = summarize(keys, keys[:, :0], row, len(row_lens))
-    centred = keys - mean[row]
-    rule = GroupRule(
+    ids, per_row = _group(keys, row_lens, _rule(config), config)
+    num = sum(per_row)
+    leaf_mean = sum_groups(keys, ids, num) / torch.bincount(ids, minlength=num)[:, None]
+    parents, _ = group_nodes(leaf_mean, per_row, config)
+    return Leaves(ids, per_row, parents)
+
+
+def group_nodes(means: Tensor, row_lens: list[int], config: IceCacheConfig) -> tuple[Tensor, list[int]]:
+    """Group leaves or nodes by their mean keys; arguments and result as `cluster.group`."""
+    above = _rule(config)._replace(target=config.fan_out, largest=2 * config.fan_out, rounds=1)
+    return _group(means, row_lens, above, config)
+
+
+def _group(
+    points: Tensor, row_lens: list[int], rule: GroupRule, config: IceCacheConfig
+) -> tuple[Tensor, list[int]]:
+    by_nearness = group_native if resolve_backend(config.backend) == "native" else group
+    return by_nearness(points, row_lens, rule)
+
+
+def _rule(config: IceCacheConfig) -> GroupRule:
+    return GroupRule(
         config.leaf_target,
         config.leaf_size,
         config.refine_rounds,
         config.segment_tokens,
         config.seed,
     )
-    ids, per_row = group(centred, row_lens, rule)
-    _, leaf_mean, _, _ = summarize(centred, centred[:, :0], ids, sum(per_row))
-    above = rule._replace(target=config.fan_out, largest=2 * config.fan_out, rounds=1)
-    parents, _ = group(leaf_mean, per_row, above)
-    return Leaves(ids, per_row, parents)

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from icecache.ops.batched import sum_groups
 
-__all__ = ["GroupRule", "bisect_order", "group", "sort_within", "split_oversized"]
+__all__ = [
+    "COARSE_CELL",
+    "MAX_COARSE_CELLS",
+    "GroupRule",
+    "bisect_order",
+    "group",
+    "sort_within",
+    "split_oversized",
+]
 
+COARSE_CELL = 256
+MAX_COARSE_CELLS = 1024
 _POWER_ROUNDS = 3
-_COARSE_CELL = 256
-_MAX_COARSE_CELLS = 1024
 _SCRATCH_ELEMENTS = 1 << 22
 
 
@@ -60,6 +68,9 @@ def group(points: Tensor, row_lens: list[int], rule: GroupRule) -> tuple[Tensor,
         row to row, and near groups have near numbers.
     groups_per_row : list of int
     """
+    row = torch.repeat_interleave(torch.tensor(row_lens, dtype=torch.int64))
+    # distances between points with a large common offset lose their digits
+    points = points - _row_means(points, row, len(row_lens))[row]
     order, segments_per_row = _segment_order(points, row_lens, rule)
     ids, num_groups, segment_of_group = _group_segments(points, order, rule)
     ids, segment_of_group = split_oversized(points, ids, num_groups, rule.largest, segment_of_group)
@@ -112,7 +123,8 @@ def bisect_order(points: Tensor) -> Tensor:
     cells = 1
     for _ in range(max(0, math.ceil(math.log2(max(1, num))) - 1)):
         counts = torch.bincount(ids, minlength=cells)
-        upper = _upper_half(points, ids, counts)
+        # a pair's ends are equally far out: rounding would say which comes first
+        upper = _upper_half(points, ids, counts) & (counts[ids] > 2)
         ids = 2 * ids + upper.long()
         cells *= 2
     return torch.argsort(ids, stable=True)
@@ -144,6 +156,11 @@ def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     return rank >= (counts - counts // 2)[ids]
 
 
+def _row_means(points: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    counts = torch.bincount(row, minlength=num_rows).clamp(min=1)
+    return sum_groups(points, row, num_rows) / counts[:, None]
+
+
 def _segment_order(
     points: Tensor, row_lens: list[int], rule: GroupRule
 ) -> tuple[Tensor, list[int]]:
@@ -165,7 +182,7 @@ def _segment_order(
 
 def _coarse_order(points: Tensor) -> Tensor:
     num = points.shape[0]
-    stride = max(_COARSE_CELL, math.ceil(num / _MAX_COARSE_CELLS))
+    stride = max(COARSE_CELL, math.ceil(num / MAX_COARSE_CELLS))
     parents = points[::stride]
     parents = parents[bisect_order(parents)]
     half_norm = 0.5 * (parents * parents).sum(1)

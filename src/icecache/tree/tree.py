@@ -14,7 +14,7 @@ from icecache.errors import IntegrityError
 from icecache.ops.batched import merge_summaries
 from icecache.ops.native import MOST_LEVELS, pointer
 from icecache.ops.native import Tree as NativeTree
-from icecache.tree.build import group_by_nearness
+from icecache.tree.build import group_nodes
 from icecache.tree.level import Level
 from icecache.tree.table import LeafTable
 
@@ -104,11 +104,9 @@ class Tree:
             for level in self.levels[2:]:
                 level.clear(r)
         level = 0
-        while rows := [r for r in grown if self.top(r) == level and self._is_wide(level, r)] or (
-            level < max((self.top(r) for r in grown), default=0)
-        ):
-            if isinstance(rows, list):
-                self._group(level, rows)
+        while level < len(self.levels):
+            if wide := [r for r in grown if self.top(r) == level and self._is_wide(level, r)]:
+                self._group(level, wide)
             level += 1
 
     def raise_top(self, row: int) -> None:
@@ -151,7 +149,7 @@ class Tree:
         if any(not 0 < len(each) <= self.most_children for each in children):
             raise IntegrityError(f"row {row}: a node of level {number} has too many children")
         ids = torch.tensor([node for node, each in enumerate(children) for _ in each])
-        made = self._merge(number, torch.full_like(ids, row), torch.tensor(found_order(children)), ids)
+        made = self._merge(number, torch.full_like(ids, row), torch.tensor([child for each in children for child in each]), ids)
         kept, num = level.view(), int(level.num[row])
         if kept.count[row, :num].tolist() != made[0].tolist():
             raise IntegrityError(f"row {row}: tokens of a node of level {number} are miscounted")
@@ -175,7 +173,7 @@ class Tree:
         lens = [int(here.num[row]) for row in rows]
         means = here.view().keys()
         points = torch.cat([means[row, :num] for row, num in zip(rows, lens, strict=True)])
-        parents, _ = group_by_nearness(points, lens, self._config, above=True)
+        parents, _ = group_nodes(points, lens, self._config)
         row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lens))
         child = torch.cat([torch.arange(num) for num in lens])
         order = torch.argsort(parents, stable=True)
@@ -215,7 +213,3 @@ class Tree:
             below.keys(), below.values(), below.spread, below.count.long(), ids, int(ids.max()) + 1
         )
 
-
-def found_order(children: list[list[int]]) -> list[int]:
-    """Return all children, node after node."""
-    return [child for each in children for child in each]

@@ -141,6 +141,14 @@ def load() -> ctypes.CDLL:
         POINTER(Answer),
     ]
     library.icecache_insert.restype = c_int64
+    library.icecache_group.argtypes = [
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_int64,
+        *(c_void_p,) * 3,
+    ]
+    library.icecache_group.restype = c_int
     return library
 
 

@@ -1,0 +1,323 @@
+/* Group points by nearness, row after row; the plain twin is tree/cluster.py. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nearest.h"
+#include "vector.h"
+
+#define POWER_ROUNDS 3
+#define SORTED_RUN 16
+
+typedef struct {
+    int64_t target, largest, rounds, segment, seed, coarse_cell, most_cells;
+} Rule;
+
+/* Of one call, for the longest row. */
+typedef struct {
+    Kernel kernel;
+    Parents packed;
+    double *sum;
+    float *centre, *x, *tiles, *parents, *centred, *key, *mean, *direction;
+    int32_t *order, *cell, *rank, *by_number, *filled;              /* of a row's points */
+    int32_t *nearest, *group, *members, *sorted, *spare, *start, *at, *next, *number; /* of a segment's */
+} Scratch;
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+static int64_t coarse_stride(int64_t num, const Rule *rule) {
+    int64_t stride = parts(num, rule->most_cells);
+    return stride > rule->coarse_cell ? stride : rule->coarse_cell;
+}
+
+static void *take(char *base, size_t *used, int64_t num, size_t size) {
+    void *at = base ? base + *used : NULL;
+    *used += ((size_t)num * size + 63) / 64 * 64;
+    return at;
+}
+
+/* Say where everything lies from `base` on; returns the bytes it takes. */
+static size_t lay_out(Scratch *s, char *base, int64_t longest, int64_t dim, const Rule *rule) {
+    int64_t points = smaller(longest, rule->segment), parents = parts(points, rule->target);
+    int64_t cells = longest > rule->segment ? parts(longest, coarse_stride(longest, rule)) : 0;
+    if (points < cells) points = cells;
+    if (parents < cells) parents = cells;
+    size_t used = 0;
+    s->sum = take(base, &used, dim, sizeof(double));
+    s->packed.panels = take(base, &used, (parents + PANEL_ROOM) * dim, sizeof(float));
+    s->packed.start = take(base, &used, parents + PANEL_ROOM, sizeof(float));
+    s->centre = take(base, &used, dim, sizeof(float));
+    s->x = take(base, &used, points * dim, sizeof(float));
+    s->tiles = take(base, &used, (points + TILE_POINTS) * dim, sizeof(float));
+    s->parents = take(base, &used, parents * dim, sizeof(float));
+    s->centred = take(base, &used, points * dim, sizeof(float));
+    s->key = take(base, &used, points, sizeof(float));
+    s->mean = take(base, &used, dim, sizeof(float));
+    s->direction = take(base, &used, dim, sizeof(float));
+    int32_t **of_row[] = {&s->order, &s->cell, &s->rank, &s->by_number, &s->filled};
+    for (int i = 0; i < 5; i++) *of_row[i] = take(base, &used, longest + 1, sizeof(int32_t));
+    int32_t **of_segment[] = {&s->nearest, &s->group, &s->members, &s->sorted, &s->spare,
+                              &s->start,   &s->at,    &s->next,    &s->number};
+    for (int i = 0; i < 9; i++)
+        *of_segment[i] = take(base, &used, points + TILE_POINTS + 1, sizeof(int32_t));
+    return used;
+}
+
+/* Stable order of `num` keys, rising: runs by insertion, then merged. */
+static void sort_stable(const float *key, int64_t num, int32_t *order, int32_t *spare) {
+    for (int64_t run = 0; run < num; run += SORTED_RUN)
+        for (int64_t i = run; i < smaller(run + SORTED_RUN, num); i++) {
+            int64_t j = i;
+            for (; j > run && key[order[j - 1]] > key[i]; j--) order[j] = order[j - 1];
+            order[j] = (int32_t)i;
+        }
+    for (int64_t run = SORTED_RUN; run < num; run *= 2) {
+        for (int64_t low = 0; low < num; low += 2 * run) {
+            int64_t middle = smaller(low + run, num), high = smaller(low + 2 * run, num);
+            int64_t a = low, b = middle;
+            for (int64_t i = low; i < high; i++)
+                spare[i] = b >= high || (a < middle && key[order[a]] <= key[order[b]]) ? order[a++]
+                                                                                        : order[b++];
+        }
+        memcpy(order, spare, sizeof(int32_t) * (size_t)num);
+    }
+}
+
+/* Project members of x on their main direction, to s->key. */
+CLONES static void project(Scratch *s, const float *x, const int32_t *members, int64_t num,
+                           int64_t dim) {
+    float *mean = s->mean, *direction = s->direction, farthest = -1.0f;
+    memset(mean, 0, sizeof(float) * dim);
+    for (int64_t m = 0; m < num; m++) add_scaled(mean, 1.0f, x + members[m] * dim, dim);
+    for (int64_t k = 0; k < dim; k++) mean[k] /= (float)num;
+    for (int64_t m = 0; m < num; m++) {
+        float *c = s->centred + m * dim;
+        const float *point = x + members[m] * dim;
+        for (int64_t k = 0; k < dim; k++) c[k] = point[k] - mean[k];
+        float norm = dot(c, c, dim);
+        if (norm >= farthest) {
+            farthest = norm;
+            memcpy(direction, c, sizeof(float) * dim);
+        }
+    }
+    for (int round = 0; round < POWER_ROUNDS; round++) {
+        for (int64_t m = 0; m < num; m++) s->key[m] = dot(s->centred + m * dim, direction, dim);
+        memset(direction, 0, sizeof(float) * dim);
+        for (int64_t m = 0; m < num; m++)
+            add_scaled(direction, s->key[m], s->centred + m * dim, dim);
+        float norm = sqrtf(dot(direction, direction, dim));
+        float weight = 1.0f / (norm > 1e-20f ? norm : 1e-20f);
+        for (int64_t k = 0; k < dim; k++) direction[k] *= weight;
+    }
+    for (int64_t m = 0; m < num; m++) s->key[m] = dot(s->centred + m * dim, direction, dim);
+}
+
+/* Reorder members, the lower half first, each half in its old order; returns the lower's number. */
+static int64_t halve(Scratch *s, const float *x, int32_t *members, int64_t num, int64_t dim) {
+    int64_t lower = num - num / 2;
+    project(s, x, members, num, dim);
+    sort_stable(s->key, num, s->sorted, s->spare);
+    for (int64_t i = 0; i < num; i++) s->spare[s->sorted[i]] = i >= lower;
+    int64_t low = 0, high = lower;
+    for (int64_t m = 0; m < num; m++) s->sorted[s->spare[m] ? high++ : low++] = members[m];
+    memcpy(members, s->sorted, sizeof(int32_t) * (size_t)num);
+    return lower;
+}
+
+static void bisect(Scratch *s, const float *x, int32_t *members, int64_t num, int64_t dim,
+                   int levels) {
+    if (levels <= 0 || num <= 2) return;
+    int64_t lower = halve(s, x, members, num, dim);
+    bisect(s, x, members, lower, dim, levels - 1);
+    bisect(s, x, members + lower, num - lower, dim, levels - 1);
+}
+
+CLONES static void find_centre(Scratch *s, const float *points, int64_t num, int64_t dim) {
+    memset(s->sum, 0, sizeof(double) * dim);
+    for (int64_t i = 0; i < num; i++)
+        for (int64_t k = 0; k < dim; k++) s->sum[k] += points[i * dim + k];
+    for (int64_t k = 0; k < dim; k++) s->centre[k] = (float)(s->sum[k] / (double)num);
+}
+
+/* Read `num` points, centred: those of `numbers`, or every stride-th. */
+CLONES static void gather(const Scratch *s, const float *points, const int32_t *numbers,
+                          int64_t stride, int64_t num, int64_t dim, float *out) {
+    for (int64_t i = 0; i < num; i++) {
+        const float *point = points + (numbers ? numbers[i] : i * stride) * dim;
+        for (int64_t k = 0; k < dim; k++) out[i * dim + k] = point[k] - s->centre[k];
+    }
+}
+
+/* Order the row's points by promoted cell, cells so that near ones are near. */
+static void coarse_order(Scratch *s, const float *points, int64_t num, int64_t dim,
+                         const Rule *rule) {
+    int64_t stride = coarse_stride(num, rule), cells = parts(num, stride);
+    int levels = -1;
+    while ((int64_t)1 << (levels + 1) < cells) levels++;
+    gather(s, points, NULL, stride, cells, dim, s->x);
+    for (int64_t c = 0; c < cells; c++) s->members[c] = (int32_t)c;
+    bisect(s, s->x, s->members, cells, dim, levels);
+    for (int64_t c = 0; c < cells; c++)
+        memcpy(s->parents + c * dim, s->x + s->members[c] * dim, sizeof(float) * dim);
+    pack_parents(s->parents, cells, dim, s->kernel.lanes, &s->packed);
+    for (int64_t i = 0; i < num; i += rule->segment) {
+        int64_t here = smaller(rule->segment, num - i);
+        gather(s, points + i * dim, NULL, 1, here, dim, s->x);
+        pack_points(s->x, here, dim, s->tiles);
+        find_nearest(&s->kernel, s->tiles, here, dim, &s->packed, s->nearest);
+        memcpy(s->cell + i, s->nearest, sizeof(int32_t) * (size_t)here);
+    }
+    memset(s->filled, 0, sizeof(int32_t) * (size_t)(cells + 1));
+    for (int64_t i = 0; i < num; i++) s->filled[s->cell[i] + 1]++;
+    for (int64_t c = 0; c < cells; c++) s->filled[c + 1] += s->filled[c];
+    for (int64_t i = 0; i < num; i++) s->order[s->filled[s->cell[i]]++] = (int32_t)i;
+}
+
+/* The first `num % segments` segments have one point more. */
+static int64_t segment_start(int64_t segment, int64_t num, int64_t segments) {
+    return segment * (num / segments) + smaller(segment, num % segments);
+}
+
+/* List each segment's positions by rising point number: equals are told apart by that. */
+static void list_by_number(Scratch *s, int64_t num, int64_t segments) {
+    for (int64_t g = 0; g < segments; g++) {
+        int64_t first = segment_start(g, num, segments), end = segment_start(g + 1, num, segments);
+        s->filled[g] = (int32_t)first;
+        for (int64_t p = first; p < end; p++) s->cell[s->order[p]] = (int32_t)g;
+        for (int64_t p = first; p < end; p++) s->rank[s->order[p]] = (int32_t)(p - first);
+    }
+    for (int64_t i = 0; i < num; i++) s->by_number[s->filled[s->cell[i]]++] = s->rank[i];
+}
+
+CLONES static void mean_parents(Scratch *s, int64_t num, int64_t num_parents, int64_t dim) {
+    int32_t *count = s->start;
+    memset(count, 0, sizeof(int32_t) * (size_t)num_parents);
+    for (int64_t i = 0; i < num; i++) {
+        float *parent = s->parents + s->nearest[i] * dim;
+        if (count[s->nearest[i]]++ == 0) memset(parent, 0, sizeof(float) * dim);
+        add_scaled(parent, 1.0f, s->x + i * dim, dim);
+    }
+    for (int64_t p = 0; p < num_parents; p++)
+        if (count[p] > 1)
+            for (int64_t k = 0; k < dim; k++) s->parents[p * dim + k] /= (float)count[p];
+}
+
+static void promote_and_refine(Scratch *s, int64_t num, int64_t dim, const Rule *rule) {
+    int64_t num_parents = parts(num, rule->target);
+    for (int64_t p = 0; p < num_parents; p++) {
+        int64_t from = smaller(p * rule->target + rule->seed % rule->target, num - 1);
+        memcpy(s->parents + p * dim, s->x + from * dim, sizeof(float) * dim);
+    }
+    pack_points(s->x, num, dim, s->tiles);
+    for (int64_t round = 0;; round++) {
+        pack_parents(s->parents, num_parents, dim, s->kernel.lanes, &s->packed);
+        find_nearest(&s->kernel, s->tiles, num, dim, &s->packed, s->nearest);
+        if (round == rule->rounds) return;
+        mean_parents(s, num, num_parents, dim);
+    }
+}
+
+/* Number the parents in use and list their members; returns how many they are. */
+static int64_t list_members(Scratch *s, const int32_t *by_number, int64_t num,
+                            int64_t num_parents) {
+    int32_t *count = s->next, groups = 0, total = 0;
+    memset(count, 0, sizeof(int32_t) * (size_t)num_parents);
+    for (int64_t i = 0; i < num; i++) count[s->nearest[i]]++;
+    for (int64_t p = 0; p < num_parents; p++) {
+        s->number[p] = groups;
+        s->at[groups] = s->start[groups] = total;
+        total += count[p];
+        groups += count[p] > 0;
+    }
+    s->start[groups] = total;
+    for (int64_t i = 0; i < num; i++) {
+        int32_t position = by_number ? by_number[i] : (int32_t)i;
+        int32_t group = s->number[s->nearest[position]];
+        s->group[position] = group;
+        s->members[s->at[group]++] = position;
+    }
+    return groups;
+}
+
+/* Cut groups above the largest size in halves; new ones are numbered in rounds over all of them. */
+static int64_t cut_groups(Scratch *s, int64_t groups, int64_t dim, int64_t largest) {
+    int32_t *first = s->at, *size = s->next, *number = s->number;
+    int64_t open = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        int32_t count = s->start[g + 1] - s->start[g];
+        if (count <= largest) continue;
+        first[open] = s->start[g];
+        size[open++] = count;
+    }
+    while (open) {
+        int64_t lower_open = 0, upper_open = 0;
+        int32_t *upper = s->nearest;
+        for (int64_t i = 0; i < open; i++) {
+            int32_t *members = s->members + first[i], lower, rest;
+            lower = (int32_t)halve(s, s->x, members, size[i], dim);
+            rest = size[i] - lower;
+            for (int32_t m = lower; m < size[i]; m++) s->group[members[m]] = (int32_t)groups;
+            groups++;
+            if (rest > largest) {
+                upper[upper_open] = first[i] + lower;
+                number[upper_open++] = rest;
+            }
+            if (lower > largest) {
+                first[lower_open] = first[i];
+                size[lower_open++] = lower;
+            }
+        }
+        memcpy(first + lower_open, upper, sizeof(int32_t) * (size_t)upper_open);
+        memcpy(size + lower_open, number, sizeof(int32_t) * (size_t)upper_open);
+        open = lower_open + upper_open;
+    }
+    return groups;
+}
+
+static int64_t group_row(Scratch *s, const float *points, int64_t num, int64_t dim,
+                         const Rule *rule, int64_t first_group, int64_t *ids) {
+    int64_t segments = parts(num, rule->segment), groups = 0;
+    find_centre(s, points, num, dim);
+    if (segments > 1) {
+        coarse_order(s, points, num, dim, rule);
+        list_by_number(s, num, segments);
+    }
+    for (int64_t g = 0; g < segments; g++) {
+        int64_t first = segment_start(g, num, segments);
+        int64_t here = segment_start(g + 1, num, segments) - first;
+        const int32_t *order = segments > 1 ? s->order + first : NULL;
+        gather(s, points, order, 1, here, dim, s->x);
+        promote_and_refine(s, here, dim, rule);
+        int64_t found = list_members(s, order ? s->by_number + first : NULL, here,
+                                     parts(here, rule->target));
+        found = cut_groups(s, found, dim, rule->largest);
+        for (int64_t i = 0; i < here; i++)
+            ids[order ? order[i] : i] = first_group + groups + s->group[i];
+        groups += found;
+    }
+    return groups;
+}
+
+/* ids: each point's group; per_row: the rows' groups. -1 without memory. */
+EXPORT int icecache_group(const float *points, const int64_t *row_lens, int64_t num_rows,
+                          int64_t dim, const Rule *rule, int64_t *ids, int64_t *per_row) {
+    int64_t longest = 1, first = 0;
+    for (int64_t r = 0; r < num_rows; r++)
+        if (row_lens[r] > longest) longest = row_lens[r];
+    Scratch s;
+    size_t bytes = lay_out(&s, NULL, longest, dim, rule);
+    char *memory = malloc(bytes + 64);
+    if (!memory) return -1;
+    lay_out(&s, memory + (64 - (uintptr_t)memory % 64), longest, dim, rule);
+    s.kernel = choose_kernel();
+    for (int64_t r = 0; r < num_rows; r++) {
+        per_row[r] = group_row(&s, points, row_lens[r], dim, rule, first, ids);
+        first += per_row[r];
+        points += row_lens[r] * dim;
+        ids += row_lens[r];
+    }
+    free(memory);
+    return 0;
+}
