@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icecache.attention.ask import Ask
+from icecache.attention.attend import Stored
 from icecache.config import IceCacheConfig
 from icecache.errors import HostMemoryExceeded
-from icecache.ops.native import DTYPES, MAX_HEADS, Segment, Shape, load, pointer
-from icecache.store.pool import PagePool
-from icecache.tree.table import LeafTable
+from icecache.ops.native import DTYPES, MAX_DIM, MAX_HEADS, Result, Segment, Shape, load, pointer
 
-__all__ = ["Span", "attend_native", "can_attend"]
+__all__ = ["NativeStep", "Span", "attend_native", "can_attend", "search_native"]
 
 
 class Span(NamedTuple):
@@ -30,54 +30,79 @@ class Span(NamedTuple):
     lens: list[int]
 
 
-def can_attend(config: IceCacheConfig, heads: int, dtype: torch.dtype) -> bool:
+class NativeStep(NamedTuple):
+    """What a step gives.
+
+    Attributes
+    ----------
+    out : shape [rows, heads, head_dim], float32; None of a search
+    num_attended : shape [rows], int32
+    positions : shape [rows, room], int32; of the selected tokens, -1 behind; None of a step
+    nodes_scored, leaves_scored : int, over all rows
+    """
+
+    out: Tensor | None
+    num_attended: Tensor
+    positions: Tensor | None
+    nodes_scored: int
+    leaves_scored: int
+
+
+def can_attend(config: IceCacheConfig, heads: int, dim: int, dtype: torch.dtype) -> bool:
     """Whether the compiled step does what the config asks for."""
     return (
         config.selection == "tree"
         and config.unit == "leaf"
         and heads <= MAX_HEADS
+        and dim <= MAX_DIM
         and dtype in DTYPES
     )
 
 
 def attend_native(
-    query: Tensor,
+    ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
+) -> NativeStep:
+    """Attend one query token per head; spans: what is attended anyhow, sink and window."""
+    out = torch.empty_like(ask.query)
+    return _call(ask, spans, stored, config, out, None)
+
+
+def search_native(
+    ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
+) -> NativeStep:
+    """Say which tokens a step would select; arguments as in `attend_native`."""
+    room = max(0, config.budget - _most_fixed(spans))
+    positions = torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
+    return _call(ask, spans, stored, config, None, positions)
+
+
+def _most_fixed(spans: list[Span]) -> int:
+    return max(sum(lens) for lens in zip(*(span.lens for span in spans), strict=True))
+
+
+def _call(
+    ask: Ask,
     spans: list[Span],
-    table: LeafTable,
-    pool: PagePool,
+    stored: Stored,
     config: IceCacheConfig,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend one query token per head.
-
-    Parameters
-    ----------
-    query : Tensor, shape [rows, heads, head_dim], float32, contiguous
-    spans : list of Span
-        What is attended anyhow: sink and window.
-    sink_logits : Tensor, shape [rows, heads], optional
-
-    Returns
-    -------
-    out : Tensor, shape [rows, heads, head_dim], float32
-    num_attended : Tensor, shape [rows], int32
-    """
-    rows, heads, dim = query.shape
-    fixed = max(sum(lens) for lens in zip(*(span.lens for span in spans), strict=True))
+    out: Tensor | None,
+    positions: Tensor | None,
+) -> NativeStep:
+    rows, heads, dim = ask.query.shape
     shape = Shape(
         rows=rows,
         heads=heads,
         dim=dim,
-        leaf_size=table.leaf_size,
-        page_size=pool.page_size,
-        capacity=table.capacity,
-        room=config.budget - fixed,
-        dtype=DTYPES[pool.dtype],
+        leaf_size=config.leaf_size,
+        page_size=config.page_size,
+        room=config.budget - _most_fixed(spans),
+        most_children=stored.tree.most_children,
+        crossover=config.crossover,
+        field_of_view=config.field_of_view,
+        dtype=DTYPES[stored.pool.dtype],
         remainder=config.estimates_remainder,
-        scaling=scaling,
-        softcap=softcap or 0.0,
+        scaling=ask.scaling,
+        softcap=ask.softcap or 0.0,
         spread_weight=config.spread_weight,
     )
     edges = torch.tensor([part for s in spans for part in (s.start, s.lens)], dtype=torch.int32)
@@ -90,23 +115,19 @@ def attend_native(
             start=pointer(edges[2 * i]),
             len=pointer(edges[2 * i + 1]),
         )
-    if sink_logits is not None:
-        sink_logits = sink_logits.float().contiguous()
-    out = torch.empty_like(query)
+    sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
-    # held by name: the structure stores its tensor's address only
-    leaves, num_leaves = table.native_leaves()
+    result = Result(pointer(out), pointer(num_attended), pointer(positions))
     failed = load().icecache_sparse_step(
         ctypes.byref(shape),
-        ctypes.byref(leaves),
-        pool.address,
+        ctypes.byref(stored.tree.native()),
+        ctypes.byref(stored.pages.native()),
         segments,
         len(spans),
-        pointer(query),
-        pointer(sink_logits),
-        pointer(out),
-        pointer(num_attended),
+        pointer(ask.query),
+        pointer(sinks),
+        ctypes.byref(result),
     )
     if failed:
-        raise HostMemoryExceeded(int(num_leaves.max()) * heads * 16, 0)
-    return out, num_attended
+        raise HostMemoryExceeded(stored.tree.leaves.longest * heads * 16, 0)
+    return NativeStep(out, num_attended, positions, result.nodes_scored, result.leaves_scored)

@@ -35,7 +35,6 @@ def choose_leaves(
     scores: LeafScores,
     count: Tensor,
     page: Tensor | None,
-    fixed: Tensor,
     room: int,
     remainder: bool,
     choose_within: Callable[[Tensor, Tensor, int], Tensor],
@@ -48,29 +47,28 @@ def choose_leaves(
     count : Tensor, shape [rows, leaves]
     page : Tensor, shape [rows, leaves], optional
         Each leaf's page, to choose pages instead of leaves.
-    fixed : Tensor, shape [rows, heads], float32
-        Log-sum-exp of what is attended anyhow.
     room : int
     remainder : bool
     choose_within : callable
         The op.
     """
-    share = _shares(scores, fixed)
+    share = _shares(scores)
     worth = share * scores.correction.sqrt() if remainder else share
     worth = worth.sum(1)
-    size = count.long()
+    # leaves below nodes that were not expanded are not there to be chosen
+    size = count.long().masked_fill(scores.logits[:, 0] == -math.inf, 0)
     if page is not None:
         pages, where = torch.unique(page, return_inverse=True)
         total = worth.new_zeros(worth.shape[0], pages.numel()).scatter_add_(1, where, worth)
         held = size.new_zeros(total.shape).scatter_add_(1, where, size)
         chosen_pages = choose_within(_per_token(total, held), held, room)
-        return Choice(chosen_pages.gather(1, where) & (count > 0), share)
+        return Choice(chosen_pages.gather(1, where) & (size > 0), share)
     return Choice(choose_within(_per_token(worth, size), size, room), share)
 
 
-def choose_best_tokens(scores: LeafScores, fixed: Tensor, room: int) -> Choice:
+def choose_best_tokens(scores: LeafScores, room: int) -> Choice:
     """Choose the `room` tokens of largest summed share; scores are of single tokens."""
-    share = _shares(scores, fixed)
+    share = _shares(scores)
     vote = share.sum(1).masked_fill(scores.logits[:, 0] == -math.inf, -1.0)
     best, tokens = vote.topk(min(room, vote.shape[1]), dim=1)
     chosen = torch.zeros(vote.shape, dtype=torch.bool).scatter_(1, tokens, best >= 0)
@@ -78,7 +76,7 @@ def choose_best_tokens(scores: LeafScores, fixed: Tensor, room: int) -> Choice:
 
 
 def choose_pages_of_best_tokens(
-    scores: LeafScores, page: Tensor, fixed: Tensor, num_pages: int
+    scores: LeafScores, page: Tensor, num_pages: int
 ) -> Choice:
     """Choose pages by their best token, the heads taking turns (the paper's rule).
 
@@ -96,12 +94,12 @@ def choose_pages_of_best_tokens(
     taken = turn.argsort(1)[:, :num_pages]
     chosen = torch.zeros(turn.shape, dtype=torch.bool).scatter_(1, taken, True)
     chosen = chosen.gather(1, where) & (scores.logits[:, 0] > -math.inf)
-    return Choice(chosen, _shares(scores, fixed))
+    return Choice(chosen, _shares(scores))
 
 
-def _shares(scores: LeafScores, fixed: Tensor) -> Tensor:
+def _shares(scores: LeafScores) -> Tensor:
     likely = scores.logits + scores.correction
-    total = torch.logaddexp(likely.logsumexp(-1), fixed)
+    total = torch.logaddexp(likely.logsumexp(-1), scores.beside)
     return (likely - total[..., None]).exp()
 
 

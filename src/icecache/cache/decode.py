@@ -2,15 +2,17 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from icecache.attention.attend import SparseStep, attend_sparse
-from icecache.attention.native import attend_native, can_attend
+from icecache.attention.ask import Ask
+from icecache.attention.attend import SparseStep, Stored, attend_sparse
+from icecache.attention.native import attend_native, can_attend, search_native
 from icecache.cache.context import Context
 from icecache.config import IceCacheConfig
 from icecache.ops.dispatch import ops_for
 
-__all__ = ["Attended", "attend_step", "inspect_step"]
+__all__ = ["Attended", "SearchResult", "attend_step", "inspect_step", "search_step"]
 
 
 class Attended(NamedTuple):
@@ -20,67 +22,71 @@ class Attended(NamedTuple):
     ----------
     out : shape [rows, heads, head_dim], float32
     num_attended : shape [rows]. Tokens attended exactly.
-    num_scored : leaves (or tokens, without summaries) scored, over all rows.
+    nodes_scored, leaves_scored : nodes, and leaves (or tokens, without summaries), scored over
+        all rows.
     """
 
     out: Tensor
     num_attended: Tensor
-    num_scored: int
+    nodes_scored: int
+    leaves_scored: int
 
 
-def attend_step(
-    context: Context,
-    config: IceCacheConfig,
-    backend: str,
-    query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> Attended:
-    """Attend one query token per head; query: [batch, num_q_heads, 1, head_dim]."""
+class SearchResult(NamedTuple):
+    """What a step would select.
+
+    Attributes
+    ----------
+    positions : shape [rows, most], int32
+        Positions in the context of the selected tokens of each row (batch x KV heads), sink and
+        window not among them; -1 behind the last.
+    nodes_scored, leaves_scored : int
+        Work done, over all rows.
+    """
+
+    positions: Tensor
+    nodes_scored: int
+    leaves_scored: int
+
+
+def attend_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> Attended:
+    """Attend one query token per head."""
+    stored = _stored(context)
+    if backend == "native" and can_attend(config, *ask.query.shape[1:], stored.pool.dtype):
+        step = attend_native(ask, context.spans(), stored, config)
+        assert step.out is not None
+        return Attended(step.out, step.num_attended, step.nodes_scored, step.leaves_scored)
+    twin = inspect_step(context, config, backend, ask)
+    return Attended(twin.out, twin.num_attended, twin.nodes_scored, twin.leaves_scored)
+
+
+def search_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SearchResult:
+    """Search only; the twin attends on top."""
+    stored = _stored(context)
+    if backend == "native" and can_attend(config, *ask.query.shape[1:], stored.pool.dtype):
+        found = search_native(ask, context.spans(), stored, config)
+        assert found.positions is not None
+        return SearchResult(found.positions, found.nodes_scored, found.leaves_scored)
+    twin = inspect_step(context, config, backend, ask)
+    positions = _positions_of(twin.chosen, context, config)
+    return SearchResult(positions, twin.nodes_scored, twin.leaves_scored)
+
+
+def inspect_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SparseStep:
+    """Run the twin, which returns all that it did."""
+    return attend_sparse(ask, context.fixed(), _stored(context), config, ops_for(backend))
+
+
+def _stored(context: Context) -> Stored:
     indexed = context.indexed
     assert indexed is not None
-    grouped, sinks = _group(query, sink_logits, indexed.table.num_rows)
-    if backend == "native" and can_attend(config, grouped.shape[1], indexed.pool.dtype):
-        out, num_attended = attend_native(
-            grouped, context.spans(), indexed.table, indexed.pool, config, scaling, softcap, sinks
-        )
-        return Attended(out, num_attended, sum(indexed.table.num_leaves))
-    step = inspect_step(context, config, backend, query, scaling, softcap, sink_logits)
-    return Attended(step.out, step.num_attended, step.num_scored)
+    return Stored(indexed.tree, indexed.pool, indexed.pages, indexed.residency)
 
 
-def inspect_step(
-    context: Context,
-    config: IceCacheConfig,
-    backend: str,
-    query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> SparseStep:
-    """Run the twin, which returns all that it did; arguments as in `attend_step`."""
-    indexed = context.indexed
-    assert indexed is not None
-    grouped, sinks = _group(query, sink_logits, indexed.table.num_rows)
-    return attend_sparse(
-        grouped,
-        context.fixed(),
-        indexed.table,
-        indexed.pool,
-        indexed.residency,
-        config,
-        ops_for(backend),
-        scaling,
-        softcap,
-        sinks,
-    )
-
-
-def _group(query: Tensor, sink_logits: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Put the query heads of a KV head in one row: [rows, heads, head_dim], [rows, heads]."""
-    grouped = query.reshape(rows, -1, query.shape[3]).float().contiguous()
-    if sink_logits is None:
-        return grouped, None
-    sinks = sink_logits.view(1, -1).expand(query.shape[0], -1)
-    return grouped, sinks.reshape(rows, -1)
+def _positions_of(chosen: Tensor, context: Context, config: IceCacheConfig) -> Tensor:
+    assert context.indexed is not None
+    tokens, real = context.indexed.tokens()
+    # the tree chooses leaves, the two other selections tokens
+    taken = chosen[..., None] & real if config.selection == "tree" else chosen.view(real.shape)
+    found = [context.indexed.pool.positions_of(t[mask]) for t, mask in zip(tokens, taken)]
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1).int()

@@ -12,15 +12,16 @@ from icecache.cache.native_insert import insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
+from icecache.ops.native import DTYPES, MAX_DIM
 from icecache.ops.dispatch import resolve_backend
 from icecache.store.packing import pack
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.store.residency import InPlace
 from icecache.tree.build import Leaves, build_leaves
-from icecache.tree.insert import assign, cut
 from icecache.tree.paper import paper_leaves
-from icecache.tree.table import NO_SLOT, LeafTable
+from icecache.tree.table import LeafTable
+from icecache.tree.tree import Tree
 
 __all__ = ["IndexedTokens"]
 
@@ -46,9 +47,10 @@ class IndexedTokens:
         self, config: IceCacheConfig, num_rows: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         self._config = config
-        self._native = resolve_backend(config.backend) == "native"
+        native = resolve_backend(config.backend) == "native"
+        self._native = native and dtype in DTYPES and head_dim <= MAX_DIM
         self.pool = PagePool(config.page_size, head_dim, dtype)
-        self.table = LeafTable(num_rows, head_dim, config.leaf_size)
+        self.tree = Tree(config, num_rows, head_dim)
         self.residency = InPlace()
         self.pages = PageTable(self.pool, num_rows)
         self.lens = [0] * num_rows
@@ -56,7 +58,21 @@ class IndexedTokens:
     @property
     def index_bytes(self) -> int:
         """Bytes of the summaries and of where tokens are."""
-        return self.table.nbytes + self.pages.nbytes
+        return self.tree.nbytes + self.pages.nbytes
+
+    @property
+    def leaves(self) -> LeafTable:
+        """The leaves of the tree."""
+        return self.tree.leaves
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Return every leaf's page in the pool, slot by slot, and which slots are its own.
+
+        Both of shape [rows, longest row, page_size], int64 and bool; 0 where not its own.
+        """
+        tokens, real = self.leaves.tokens()
+        rows = torch.arange(self.leaves.num_rows)[:, None, None]
+        return self.pages.in_pool(rows, tokens.masked_fill(~real, 0)).masked_fill_(~real, 0), real
 
     def add(self, tokens: FlatTokens) -> int:
         """Take tokens in: few to a row that has leaves join those, others become leaves.
@@ -64,7 +80,7 @@ class IndexedTokens:
         Each row decides for itself, so that it does not depend on its batch. Returns how many
         tokens joined leaves.
         """
-        per_row = torch.bincount(tokens.row, minlength=self.table.num_rows)
+        per_row = torch.bincount(tokens.row, minlength=self.leaves.num_rows)
         has_leaves = torch.tensor([have > 0 for have in self.lens])
         joining = has_leaves & (per_row <= _INSERT_AT_MOST)
         joins = joining[tokens.row]
@@ -78,12 +94,13 @@ class IndexedTokens:
         return num_joining
 
     def _join(self, tokens: FlatTokens) -> None:
-        if self._native and int(torch.bincount(tokens.row).max()) == 1:
-            left = insert_native(tokens, self.table, self.pool, self.pages)
-            if left is None:
-                return
-            tokens = tokens.pick(left)
-        self._insert(tokens)
+        if self._native:
+            insert_native(tokens, self.tree, self.pool, self.pages, self._config)
+            return
+        placer = Placer(self.tree, self.pool, self.pages)
+        positions = tokens.positions.tolist()
+        for i, row in enumerate(tokens.row.tolist()):
+            placer.insert(row, tokens.keys[i], tokens.values[i], positions[i])
 
     def read_all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return all keys and values by position, and which are real.
@@ -109,7 +126,7 @@ class IndexedTokens:
 
     def reorder(self, rows: Tensor) -> None:
         """Take rows in a new order, repeated or dropped; repeated rows share their pages."""
-        self.table.reorder(rows)
+        self.tree.reorder(rows)
         self.pages.reorder(rows.tolist())
         self.lens = [self.lens[row] for row in rows.tolist()]
 
@@ -117,30 +134,32 @@ class IndexedTokens:
         config = self._config
         make = paper_leaves if config.selection == "paper" else build_leaves
         leaves = make(tokens.keys.float(), per_row, config)
+        leaves = _siblings_together(leaves)
         page, slot = self._lay_out(leaves)
-        self.pool.write(
-            page * config.page_size + slot, tokens.keys, tokens.values, tokens.positions
-        )
         num = sum(leaves.per_row)
         row = torch.repeat_interleave(torch.tensor(leaves.per_row))
-        leaf = self._open_leaves(leaves.per_row)
-        slots = torch.full((num, config.leaf_size), NO_SLOT, dtype=torch.int64)
-        order = torch.argsort(leaves.ids, stable=True)
-        slots[leaves.ids[order], _rank_within(leaves.ids[order])] = slot[order]
+        at = self.pages.in_pool(row[leaves.ids], page * config.page_size + slot)
+        self.pool.write(at, tokens.keys, tokens.values, tokens.positions)
+        first = self._open_leaves(leaves.per_row)
+        leaf = torch.cat(
+            [torch.arange(f, f + n) for f, n in zip(first, leaves.per_row, strict=True)]
+        )
+        own = torch.zeros(num, config.page_size, dtype=torch.bool)
+        own[leaves.ids, slot] = True
         page_of_leaf = torch.empty(num, dtype=torch.int64)
         page_of_leaf[leaves.ids] = page
-        self.table.place_many(row, leaf, page_of_leaf, slots)
-        self.table.summarize(row, leaf, leaves.ids, tokens.keys, tokens.values)
+        self.leaves.place_many(row, leaf, page_of_leaf, own)
+        self.leaves.summarize(row, leaf, leaves.ids, tokens.keys, tokens.values)
+        self.tree.extend(first, leaves.per_row, leaves.parents)
 
-    def _open_leaves(self, per_row: list[int]) -> Tensor:
-        room = max(num + had for num, had in zip(per_row, self.table.num_leaves, strict=True))
-        self.table.reserve(room + room // 4 + self._growth_tokens // self._config.leaf_target)
-        firsts = [self.table.add(row, num) for row, num in enumerate(per_row)]
-        numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
-        return torch.cat(numbers)
+    def _open_leaves(self, per_row: list[int]) -> list[int]:
+        """Return each row's first new leaf."""
+        room = max(num + int(had) for num, had in zip(per_row, self.leaves.num, strict=True))
+        self.leaves.reserve(room + room // 4 + self._growth_tokens // self._config.leaf_target)
+        return [self.leaves.add(row, num) for row, num in enumerate(per_row)]
 
     def _lay_out(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
-        """Give each leaf a page and each token a slot in it; both of shape [tokens], int64."""
+        """Give each leaf a page of its row and each token a slot; both of shape [tokens], int64."""
         page_size = self._config.page_size
         sizes = torch.bincount(leaves.ids).tolist()
         parents = leaves.parents.tolist()
@@ -152,17 +171,18 @@ class IndexedTokens:
                 packed, num_pages = list(range(num)), num
             else:
                 packed, num_pages = pack(sizes[span], parents[span], page_size)
-            pages = self._allocate(num_pages)
-            page_of_leaf.extend(pages[p] for p in packed)
             free = [page_size] * num_pages
             for p, size in zip(packed, sizes[span], strict=True):
                 free[p] -= size
-            self.pages.hold(row, pages, free)
+            number = self.pages.hold(row, self._allocate(num_pages), free)
+            page_of_leaf.extend(number + p for p in packed)
             first += num
         page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
         slot = torch.empty_like(page)
-        order = torch.argsort(page * (leaves.parents.numel() + 1) + leaves.ids, stable=True)
-        slot[order] = _rank_within(page[order])
+        row_of_leaf = torch.repeat_interleave(torch.tensor(leaves.per_row))
+        whole = row_of_leaf[leaves.ids] * (int(page.max()) + 1) + page
+        order = torch.argsort(whole * (leaves.parents.numel() + 1) + leaves.ids, stable=True)
+        slot[order] = _rank_within(whole[order])
         return page, slot
 
     @property
@@ -172,39 +192,15 @@ class IndexedTokens:
         Room that is not used is address space and no memory; growing later would copy a whole
         layer within a decode step.
         """
-        per_token = 2 * self.pool.head_dim * self.pool.dtype.itemsize * self.table.num_rows
+        per_token = 2 * self.pool.head_dim * self.pool.dtype.itemsize * self.leaves.num_rows
         return max(_LEAST_GROWTH, min(_MOST_GROWTH, _GROWTH_BYTES // per_token))
 
     def _allocate(self, num_pages: int) -> list[int]:
         if self.pool.num_pages == 0:
-            rows = self.table.num_rows
+            rows = self.leaves.num_rows
             growth = self._growth_tokens // self._config.page_size
             self.pool.reserve(rows * (num_pages + num_pages // 4 + growth))
         return self.pool.allocate(num_pages)
-
-    def _insert(self, tokens: FlatTokens) -> None:
-        """Put each token in its nearest leaf; see `tree.insert` and `cache.placer`."""
-        nearest = assign(self.table, tokens.keys.float(), tokens.row, self._native)
-        pairs = torch.stack([tokens.row, nearest], 1)
-        touched, which = torch.unique(pairs, dim=0, return_inverse=True)
-        leaves = [(row, leaf) for row, leaf in touched.tolist()]
-        placer = Placer(self.table, self.pool, self.pages)
-        old = [placer.tokens_of_leaf(row, leaf) for row, leaf in leaves]
-        old_which = torch.tensor([i for i, ts in enumerate(old) for _ in ts], dtype=torch.int64)
-        old_tokens = torch.tensor([t for ts in old for t in ts], dtype=torch.int64)
-        old_keys, old_values = self.pool.read(old_tokens)
-        all_ = FlatTokens(
-            torch.cat([old_keys, tokens.keys]),
-            torch.cat([old_values, tokens.values]),
-            torch.cat([old_which, which]),
-            torch.cat([self.pool.positions_of(old_tokens), tokens.positions]),
-        )
-        pieces = cut(all_.keys.float(), all_.row, len(leaves), self._config.leaf_size)
-        place, leaf_of_piece = placer.settle(leaves, pieces, old_tokens.numel())
-        at = torch.tensor(place)
-        self.pool.write(at, all_.keys, all_.values, all_.positions)
-        row_of_piece = touched[:, 0][pieces.leaf]
-        self.table.summarize(row_of_piece, leaf_of_piece, pieces.ids, all_.keys, all_.values)
 
     def check_integrity(self, positions: list[range]) -> None:
         """Raise `IntegrityError` unless every token is where the leaves say, exactly once.
@@ -214,10 +210,10 @@ class IndexedTokens:
         positions : list of range
             The positions that each row must hold.
         """
-        self.table.check_integrity()
+        self.tree.check_integrity()
         held = [self.pages.pages(row) for row in range(len(self.lens))]
         self.pool.check_integrity(held)
-        tokens, real = self.table.tokens(self._config.page_size)
+        tokens, real = self.tokens()
         for row, pages in enumerate(held):
             in_pages, found = self.pool.tokens_of(pages)
             if found.tolist() != list(positions[row]):
@@ -225,8 +221,8 @@ class IndexedTokens:
             in_leaves = tokens[row][real[row]].sort().values
             if not torch.equal(in_leaves, in_pages.sort().values):
                 raise IntegrityError(f"row {row}: tokens in leaves differ from those in pages")
-            for page in pages:
-                if self.pages.free_slots(row, page) != len(self.pool.free_slots(page)):
+            for number, page in enumerate(pages):
+                if self.pages.free[row, number] != len(self.pool.free_slots(page)):
                     raise IntegrityError(f"row {row}: free slots of page {page} are miscounted")
         self._check_summaries(tokens, real)
 
@@ -237,17 +233,26 @@ class IndexedTokens:
         where = torch.stack([row, leaf], 1)
         leaves, ids = torch.unique(where, dim=0, return_inverse=True)
         keys, values = self.pool.read(tokens[real])
-        fresh = LeafTable(self.table.num_rows, self.pool.head_dim, self.table.leaf_size)
+        sizes = self.leaves.leaf_size, self.leaves.page_size
+        fresh = LeafTable(self.leaves.num_rows, self.pool.head_dim, *sizes)
         fresh.reserve(int(leaves[:, 1].max()) + 1)
-        fresh.num_leaves = list(self.table.num_leaves)
+        fresh.num = self.leaves.num.copy()
         fresh.summarize(leaves[:, 0], leaves[:, 1], ids, keys, values)
         for name in ("key_mean", "key_scale", "value_mean", "value_scale", "spread"):
-            kept = getattr(self.table.view(), name)[leaves[:, 0], leaves[:, 1]].float()
+            kept = getattr(self.leaves.view(), name)[leaves[:, 0], leaves[:, 1]].float()
             made = getattr(fresh.view(), name)[leaves[:, 0], leaves[:, 1]].float()
             # sums of the same tokens in another order may round an int8 code the other way
-            tolerance = 1.0 if name.endswith("mean") else 1e-3 * float(made.abs().max()) + 1e-6
+            tolerance = 1.0 if name.endswith("mean") else 1e-2 * float(made.abs().max()) + 1e-6
             if float((kept - made).abs().max()) > tolerance:
                 raise IntegrityError(f"{name} differs from what the tokens give")
+
+
+def _siblings_together(leaves: Leaves) -> Leaves:
+    """Return the same leaves, numbered so that those of one parent follow each other."""
+    order = torch.argsort(leaves.parents, stable=True)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(order.numel())
+    return Leaves(number[leaves.ids], leaves.per_row, leaves.parents[order])
 
 
 def _rank_within(ids: Tensor) -> Tensor:

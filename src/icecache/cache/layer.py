@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from icecache.attention.ask import Ask
 from icecache.attention.attend import SparseStep
 from icecache.cache.check import check_query, check_rows, check_tokens
 from icecache.cache.context import Context
-from icecache.cache.decode import attend_step, inspect_step
+from icecache.cache.decode import SearchResult, attend_step, inspect_step, search_step
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError, IntegrityError
@@ -193,11 +194,11 @@ class IceCacheLayer:
         if num_queries == 1:
             self._settle(self.config.window)
             if self._context.indexed is not None:
-                step = attend_step(
-                    self._context, self.config, self._backend, query, scaling, softcap, sink_logits
-                )
+                ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
+                step = attend_step(self._context, self.config, self._backend, ask)
                 self._counters.sparse_steps += 1
-                self._counters.leaves_scored += step.num_scored
+                self._counters.nodes_scored += step.nodes_scored
+                self._counters.leaves_scored += step.leaves_scored
                 self._counters.tokens_attended = float(step.num_attended.double().mean())
                 if not bool(torch.isfinite(step.out.sum())):
                     raise InputError(
@@ -217,6 +218,22 @@ class IceCacheLayer:
         return out.to(query.dtype)
 
     @torch.no_grad()
+    def search(
+        self,
+        query: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> SearchResult:
+        """Return which tokens a sparse step would select for a query; counts nothing.
+
+        Arguments as in `attend`, one query token; the layer must be ``INDEXED``.
+        """
+        context, ask = self._indexed_ask("search", query, scaling, softcap, sink_logits)
+        return search_step(context, self.config, self._backend, ask)
+
+    @torch.no_grad()
     def inspect(
         self,
         query: Tensor,
@@ -225,20 +242,12 @@ class IceCacheLayer:
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> SparseStep:
-        """Return all that a sparse step would do for a query; counts nothing.
+        """Return all that a sparse step would do for a query, from the twin; counts nothing.
 
         Arguments as in `attend`, one query token; the layer must be ``INDEXED``.
         """
-        if self._context is None or self._context.indexed is None:
-            raise InputError(f"inspect needs an indexed context, the layer is {self.phase.value}")
-        scaling = self.head_dim**-0.5 if scaling is None else scaling
-        self._check_query(query, scaling, softcap, sink_logits)
-        if query.shape[2] != 1:
-            raise InputError(f"inspect takes one query token, got {query.shape[2]}")
-        self._settle(self.config.window)
-        return inspect_step(
-            self._context, self.config, self._backend, query, scaling, softcap, sink_logits
-        )
+        context, ask = self._indexed_ask("inspect", query, scaling, softcap, sink_logits)
+        return inspect_step(context, self.config, self._backend, ask)
 
     def crop(self, num_tokens: int) -> None:
         """Drop the latest tokens of every row.
@@ -295,6 +304,23 @@ class IceCacheLayer:
         """Raise `IntegrityError` unless every token is in exactly one place, summaries true."""
         if self._context is not None:
             self._context.check_integrity()
+
+    def _indexed_ask(
+        self,
+        name: str,
+        query: Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> tuple[Context, Ask]:
+        if self._context is None or self._context.indexed is None:
+            raise InputError(f"{name} needs an indexed context, the layer is {self.phase.value}")
+        scaling = self.head_dim**-0.5 if scaling is None else scaling
+        self._check_query(query, scaling, softcap, sink_logits)
+        if query.shape[2] != 1:
+            raise InputError(f"{name} takes one query token, got {query.shape[2]}")
+        self._settle(self.config.window)
+        return self._context, Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
 
     def _check_query(
         self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None

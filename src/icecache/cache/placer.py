@@ -1,148 +1,132 @@
-"""Where the tokens of an inserted leaf go.
+"""Insert, in plain Python: one token joins its nearest leaf, in its page or another.
 
-A leaf that takes tokens keeps its page if there is room; what has no room moves, the smallest
-leaf first. Nothing else in the row is touched, so an insert is constant work.
+A leaf that takes a token keeps its page if there is room; what has no room moves, the smallest
+first. Nothing else in the row is touched, so an insert is constant work. `native_insert` is the
+same as a compiled call.
 """
 
 import torch
 from torch import Tensor
 
-from icecache.errors import IntegrityError
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
-from icecache.tree.insert import NO_LEAF, Pieces
-from icecache.tree.table import LeafTable
+from icecache.tree.insert import cut_in_two, find_path, follow
+from icecache.tree.level import NONE
+from icecache.tree.tree import Tree
 
 __all__ = ["Placer"]
 
 
 class Placer:
-    """Gives leaves' tokens their slots.
+    """Puts tokens into leaves and leaves' tokens into slots.
 
     Parameters
     ----------
-    table : LeafTable
+    tree : Tree
     pool : PagePool
     pages : PageTable
     """
 
-    def __init__(self, table: LeafTable, pool: PagePool, pages: PageTable) -> None:
-        self._table, self._pool, self._pages = table, pool, pages
+    def __init__(self, tree: Tree, pool: PagePool, pages: PageTable) -> None:
+        self._tree, self._pool, self._pages = tree, pool, pages
 
-    def tokens_of_leaf(self, row: int, leaf: int) -> list[int]:
-        if leaf == NO_LEAF:
-            return []
-        page, slots = self._table.leaf(row, leaf)
-        return [page * self._pool.page_size + slot for slot in slots]
+    def insert(self, row: int, key: Tensor, value: Tensor, position: int) -> None:
+        """Insert one token; key, value: shape [head_dim]."""
+        leaves = self._tree.leaves
+        path = find_path(self._tree, row, key.float())
+        if path[0] == NONE:
+            path = [leaves.add(row, 1)]
+            leaves.place(row, path[0], self._page_with(row, 1), [])
+        page, slots = leaves.leaf(row, path[0])
+        self._own(row, page)
+        keys, values = self._pool.read(self._in_pool(row, page, slots))
+        keys, values = torch.cat([keys, key[None]]), torch.cat([values, value[None]])
+        pieces = self._cut(keys)
+        target, leaving = self._make_room(row, path, page, pieces)
+        home = [target if m in leaving else page for m in range(len(slots) + 1)]
+        for m in leaving:
+            if m < len(slots):
+                slots[m] = self._move(row, page, slots[m], target)
+                self._pages.change_free(row, target, -1)
+                self._pages.change_free(row, page, 1)
+        slots += self._pool.claim(int(self._pages.page_of[row, home[-1]]), 1)
+        self._pages.change_free(row, home[-1], -1)
+        at = self._in_pool(row, home[-1], slots[-1:])
+        self._pool.write(at, key[None], value[None], torch.tensor([position]))
+        numbers = [path[0], *(leaves.add(row, 1) for _ in pieces[1:])]
+        for number, piece in zip(numbers, pieces, strict=True):
+            leaves.place(row, number, home[piece[0]], [slots[m] for m in piece])
+            one = torch.zeros(len(piece), dtype=torch.int64)
+            where = torch.tensor([row]), torch.tensor([number])
+            leaves.summarize(*where, one, keys[piece], values[piece])
+        follow(self._tree, row, path, (numbers + [NONE])[1])
 
-    def settle(
-        self, leaves: list[tuple[int, int]], pieces: Pieces, num_old: int
-    ) -> tuple[list[int], Tensor]:
-        """Give every piece a leaf number and its tokens a place; tokens' order is `pieces.ids`'.
+    def _cut(self, keys: Tensor) -> list[list[int]]:
+        """Return the members of the leaf, of its two halves if it is too large."""
+        if keys.shape[0] <= self._tree.leaves.leaf_size:
+            return [list(range(keys.shape[0]))]
+        upper = cut_in_two(keys.float(), self._tree.leaves.leaf_size).tolist()
+        return [[m for m, up in enumerate(upper) if up == half] for half in (False, True)]
 
-        Returns the tokens' places, page * page_size + slot, and the pieces' leaves.
+    def _make_room(
+        self, row: int, path: list[int], page: int, pieces: list[list[int]]
+    ) -> tuple[int, list[int]]:
+        """Make room for one more token in a page; return another page and which members go there.
+
+        Without a free slot, the smallest other leaf of the page moves, or else the smallest piece.
         """
-        size = self._pool.page_size
-        members: list[list[int]] = [[] for _ in range(pieces.leaf.shape[0])]
-        for number, piece in enumerate(pieces.ids.tolist()):
-            members[piece].append(number)
-        of_leaf: list[list[int]] = [[] for _ in leaves]
-        for piece, touched in enumerate(pieces.leaf.tolist()):
-            of_leaf[touched].append(piece)
-        place = [NO_LEAF] * pieces.ids.shape[0]
-        leaf_of_piece = [0] * len(members)
-        first_old = 0
-        placed: dict[int, set[int]] = {}
-        for (row, leaf), its_pieces in zip(leaves, of_leaf, strict=True):
-            # read again: an earlier leaf of this call may have moved the page they share
-            old = self.tokens_of_leaf(row, leaf)
-            place[first_old : first_old + len(old)] = old
-            first_old += len(old)
-            settled = placed.setdefault(row, set())
-            self._settle_leaf(row, leaf, [members[p] for p in its_pieces], place, settled)
-            for i, piece in enumerate(its_pieces):
-                number = leaf if i == 0 and leaf != NO_LEAF else self._table.add(row, 1)
-                leaf_of_piece[piece] = number
-                at = [place[m] for m in members[piece]]
-                self._table.place(row, number, at[0] // size, [t % size for t in at])
-                settled.add(number)
-        if first_old != num_old:
-            raise IntegrityError(f"{num_old} tokens read, {first_old} placed again")
-        return place, torch.tensor(leaf_of_piece)
+        if self._pages.free[row, page]:
+            return page, []
+        smallest = min(pieces, key=len)
+        other = self._smallest_beside(row, path, page)
+        if other != NONE and self._tree.leaves.count(row, other) < len(smallest):
+            self._move_leaf(row, other, page)
+            return page, []
+        return self._page_with(row, len(smallest), page), smallest
 
-    def _settle_leaf(
-        self, row: int, leaf: int, pieces: list[list[int]], place: list[int], settled: set[int]
-    ) -> None:
-        """Find slots for the pieces of one leaf, in `place`; what has a slot keeps it if it can.
-
-        While the leaf's page has too little room, the smallest of the leaf's pieces and of the
-        other leaves there moves to the fullest page with room for it: small leaves fill the gaps
-        that large ones leave. `settled`: leaves of this call whose tokens are not written yet.
-        """
-        held, size = self._pages, self._pool.page_size
-        old = [m for piece in pieces for m in piece if place[m] != NO_LEAF]
-        leaving = list(pieces)
-        if old:
-            page = self._own(row, place[old[0]] // size)
-            for m in old:
-                place[m] = page * size + place[m] % size
-            leaving, staying = [], sorted(pieces, key=len)
-            others = self._leaves_in(row, page, settled | {leaf})
-            while sum(map(len, staying)) > held.free_slots(row, page) + sum(
-                place[m] != NO_LEAF for piece in staying for m in piece
-            ):
-                if others and others[0][0] < len(staying[0]):
-                    self._move_leaf(row, others.pop(0)[1], page)
-                    continue
-                leaving.append(staying.pop(0))
-                gone = [m for m in leaving[-1] if place[m] != NO_LEAF]
-                self._vacate(row, page, [place[m] for m in gone])
-                for m in gone:
-                    place[m] = NO_LEAF
-            self._fill(row, page, [m for p in staying for m in p if place[m] == NO_LEAF], place)
-            if held.free_slots(row, page) == size:
-                held.drop(row, page)
-        for piece in leaving:
-            target = self._own(row, held.fullest_with(row, len(piece)))
-            self._fill(row, target, piece, place)
-
-    def _leaves_in(self, row: int, page: int, besides: set[int]) -> list[tuple[int, int]]:
-        """Return (tokens, leaf) of the leaves in a page, smallest first."""
-        found = self._table.leaves_in(row, page)
-        return sorted((self._table.count(row, leaf), leaf) for leaf in found if leaf not in besides)
+    def _smallest_beside(self, row: int, path: list[int], page: int) -> int:
+        """Return the smallest other leaf of the page among the leaf's siblings, or `NONE`."""
+        leaves = self._tree.leaves
+        siblings = list(range(int(leaves.num[row])))
+        if len(path) > 1:
+            siblings = self._tree.levels[1].children(row, path[1], leaves)
+        page_of = leaves.numpy("page")[row]
+        there = [leaf for leaf in siblings if page_of[leaf] == page and leaf != path[0]]
+        return min(there, key=lambda leaf: leaves.count(row, leaf), default=NONE)
 
     def _move_leaf(self, row: int, leaf: int, page: int) -> None:
         """Move a leaf out of its page, to the fullest other page with room."""
-        held, size = self._pages, self._pool.page_size
-        tokens = self.tokens_of_leaf(row, leaf)
-        keys, values = self._pool.read(torch.tensor(tokens))
-        positions = self._pool.positions_of(torch.tensor(tokens))
-        target = self._own(row, held.fullest_with(row, len(tokens), besides=page))
-        place = [NO_LEAF] * len(tokens)
-        self._fill(row, target, list(range(len(tokens))), place)
-        self._pool.write(torch.tensor(place), keys, values, positions)
-        self._vacate(row, page, tokens)
-        self._table.place(row, leaf, target, [t % size for t in place])
+        _, slots = self._tree.leaves.leaf(row, leaf)
+        target = self._page_with(row, len(slots), page)
+        moved = [self._move(row, page, slot, target) for slot in slots]
+        self._tree.leaves.place(row, leaf, target, moved)
+        self._pages.change_free(row, target, -len(slots))
+        self._pages.change_free(row, page, len(slots))
 
-    def _own(self, row: int, page: int) -> int:
-        """Return the page, or the row's own copy of it where other rows hold it too."""
-        if not self._pool.is_shared(page):
-            return page
-        copy = self._pool.copy_page(page)
-        self._pages.replace(row, page, copy)
-        self._table.move_page(row, page, copy)
-        return copy
+    def _move(self, row: int, page: int, slot: int, target: int) -> int:
+        """Move a token to the lowest free slot of another page; return the slot."""
+        old = self._in_pool(row, page, [slot])
+        keys, values = self._pool.read(old)
+        (new,) = self._pool.claim(int(self._pages.page_of[row, target]), 1)
+        positions = self._pool.positions_of(old)
+        self._pool.write(self._in_pool(row, target, [new]), keys, values, positions)
+        self._pool.clear(old.tolist())
+        return new
 
-    def _vacate(self, row: int, page: int, tokens: list[int]) -> None:
-        if not tokens:
-            return
-        self._pool.clear(tokens)
-        self._pages.change_free(row, page, len(tokens))
+    def _page_with(self, row: int, room: int, besides: int = NONE) -> int:
+        """Return the fullest page with room, the row's own; a new one if there is none."""
+        page = self._pages.fullest_with(row, room, besides)
+        if page == NONE:
+            return self._pages.hold(row, self._pool.allocate(1), [self._pool.page_size])
+        self._own(row, page)
+        return page
 
-    def _fill(self, row: int, page: int, members: list[int], place: list[int]) -> None:
-        if not members:
-            return
-        slots = self._pool.claim(page, len(members))
-        for m, slot in zip(members, slots, strict=True):
-            place[m] = page * self._pool.page_size + slot
-        self._pages.change_free(row, page, -len(members))
+    def _own(self, row: int, page: int) -> None:
+        """Give the row a copy of its own of a page that other rows hold too."""
+        in_pool = int(self._pages.page_of[row, page])
+        if self._pool.is_shared(in_pool):
+            self._pages.replace(row, page, self._pool.copy_page(in_pool))
+
+    def _in_pool(self, row: int, page: int, slots: list[int]) -> Tensor:
+        first = int(self._pages.page_of[row, page]) * self._pool.page_size
+        return torch.tensor([first + slot for slot in slots], dtype=torch.int64)

@@ -27,8 +27,8 @@ class LayerStats:
         indexed when it is first attended or extended.
     tokens : int
         Tokens of the longest batch row, padding not counted.
-    pages, leaves : int
-        Over all rows; a shared page counts once.
+    pages, leaves, nodes : int
+        Over all rows; a shared page counts once. Nodes are those above the leaves.
     fill : float
         Share of the pages' slots that hold a token; 1.0 without pages.
     kv_bytes : int
@@ -43,8 +43,8 @@ class LayerStats:
         Calls of `attend` that selected, and that attended to everything.
     inserted, built : int
         Tokens (per row, summed) that entered the tree one leaf at a time, and in builds.
-    leaves_scored : int
-        Leaves scored by all sparse steps, over all rows.
+    nodes_scored, leaves_scored : int
+        Nodes and leaves scored by all sparse steps, over all rows.
     tokens_attended : float
         Tokens attended exactly in the last step with one query token, mean over rows.
     backend : str
@@ -55,6 +55,7 @@ class LayerStats:
     tokens: int
     pages: int
     leaves: int
+    nodes: int
     fill: float
     kv_bytes: int
     index_bytes: int
@@ -65,6 +66,7 @@ class LayerStats:
     dense_steps: int
     inserted: int
     built: int
+    nodes_scored: int
     leaves_scored: int
     tokens_attended: float
     backend: str
@@ -78,6 +80,7 @@ class Counters:
     dense_steps: int = 0
     inserted: int = 0
     built: int = 0
+    nodes_scored: int = 0
     leaves_scored: int = 0
     tokens_attended: float = 0.0
 
@@ -94,7 +97,8 @@ def layer_stats(
         phase=phase,
         tokens=0 if context is None else max(context.row_lens),
         pages=0 if indexed is None else indexed.pool.num_pages,
-        leaves=0 if indexed is None else sum(indexed.table.num_leaves),
+        leaves=0 if indexed is None else indexed.leaves.total,
+        nodes=0 if indexed is None else indexed.tree.num_nodes,
         fill=indexed.pool.num_tokens / slots if indexed is not None and slots else 1.0,
         kv_bytes=kv_bytes,
         index_bytes=index_bytes,
@@ -105,6 +109,7 @@ def layer_stats(
         dense_steps=counters.dense_steps,
         inserted=counters.inserted,
         built=counters.built,
+        nodes_scored=counters.nodes_scored,
         leaves_scored=counters.leaves_scored,
         tokens_attended=counters.tokens_attended,
         backend=backend,

@@ -92,8 +92,8 @@ def _chosen_by(
     indexed = _index_of(layer)
     query = asked.query.to(layer.dtype)[None, :, None]
     step = layer.inspect(query, scaling=asked.scaling)
-    tokens, real = indexed.table.tokens(config.page_size)
-    positions = indexed.pool.positions_of(tokens.masked_fill(~real, 0))
+    tokens, real = indexed.tokens()
+    positions = indexed.pool.positions_of(tokens)
     chosen = step.chosen
     # the tree chooses leaves, the two other selections tokens
     taken = chosen[..., None] & real if config.selection == "tree" else chosen.view(real.shape)

@@ -1,18 +1,24 @@
-"""Which pages each row holds, and how many of their slots are free.
+"""Which pages each row holds, and which of them have room.
 
-    pages  [row, i]   the row's pages, in no order that means anything
-    free   [row, i]   their free slots
+page_of        [row, i]       the pool's page; i is the page's number within the row
+free           [row, i]       its free slots
+before, after  [row, i]       neighbours among the row's pages with as many free slots
+head           [row, slots]   the first of those with so many free slots
 
-Arrays, because the compiled insert reads and writes them too. Finding the fullest page with room
-looks at one byte a page.
+Lists by free slots find the fullest page with room without looking at the others. Arrays, because
+the compiled insert reads and writes them too. A page keeps its number as long as the row holds it.
 """
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from icecache.ops.native import Pages
 from icecache.store.pool import PagePool
 
 __all__ = ["PageTable"]
+
+_NONE = -1
 
 
 class PageTable:
@@ -30,75 +36,92 @@ class PageTable:
         self.num_pages = np.zeros(num_rows, dtype=np.int32)
         self.page_of = np.zeros((num_rows, 0), dtype=np.int32)
         self.free = np.zeros((num_rows, 0), dtype=np.uint8)
+        self._before = np.zeros((num_rows, 0), dtype=np.int32)
+        self._after = np.zeros((num_rows, 0), dtype=np.int32)
+        self._head = np.full((num_rows, pool.page_size + 1), _NONE, dtype=np.int32)
+        self._native: Pages | None = None
 
-    def native_pages(self) -> Pages:
+    def native(self) -> Pages:
         """Return the addresses of pool and table for the compiled ops, valid until they grow."""
-        arrays = (self.num_pages, self.page_of, self.free)
-        num_pages, page_of, free = (array.ctypes.data for array in arrays)
-        return Pages(
-            data=self._pool.address,
-            positions=self._pool.positions_address,
-            holders=self._pool.holders_address,
-            num_pages=num_pages,
-            page_of=page_of,
-            free=free,
-            page_capacity=self.page_of.shape[1],
-        )
+        if self._native is None or self._native.data != self._pool.address:
+            arrays = (self.num_pages, self.page_of, self.free)
+            lists = (self._before, self._after, self._head)
+            self._native = Pages(
+                self._pool.address,
+                self._pool.positions_address,
+                self._pool.holders_address,
+                *(array.ctypes.data for array in (*arrays, *lists)),
+                self.page_of.shape[1],
+            )
+        return self._native
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one page's entry."""
+        arrays = (self.page_of, self.free, self._before, self._after)
+        return sum(array.itemsize for array in arrays)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the entries in use."""
-        return int(self.num_pages.sum()) * (self.page_of.itemsize + self.free.itemsize)
+        """Bytes of the entries in use, and of the lists' heads where there are any."""
+        heads = int((self.num_pages > 0).sum()) * self._head.shape[1] * self._head.itemsize
+        return int(self.num_pages.sum()) * self.entry_bytes + heads
 
     def pages(self, row: int) -> list[int]:
-        """Return the pages that a row holds."""
+        """Return the pool's pages that a row holds."""
         pages: list[int] = self.page_of[row, : self.num_pages[row]].tolist()
         return pages
 
-    def free_slots(self, row: int, page: int) -> int:
-        """Return the number of free slots of a held page."""
-        return int(self.free[row, self._find(row, page)])
+    def in_pool(self, row: Tensor | int, tokens: Tensor) -> Tensor:
+        """Return where tokens are in the pool, page * page_size + slot; shapes as given.
 
-    def hold(self, row: int, pages: list[int], free_slots: list[int]) -> None:
-        """Take note of new pages, which the row holds from now on."""
+        tokens: the same with the pages' numbers within the row; row: broadcast with them.
+        """
+        size = self._pool.page_size
+        page_of = torch.from_numpy(self.page_of)
+        return page_of[row, tokens // size].long() * size + tokens % size
+
+    def hold(self, row: int, pages: list[int], free_slots: list[int]) -> int:
+        """Take note of new pages, which the row holds from now on; return the first's number."""
         first = int(self.num_pages[row])
         self._reserve(first + len(pages))
         self.page_of[row, first : first + len(pages)] = pages
         self.free[row, first : first + len(pages)] = free_slots
         self.num_pages[row] += len(pages)
+        for slots in sorted(set(free_slots)):
+            same = first + np.flatnonzero(self.free[row, first : first + len(pages)] == slots)
+            self._link(row, same.astype(np.int32), slots)
+        return first
 
     def change_free(self, row: int, page: int, change: int) -> None:
         """Add to the number of free slots of a held page."""
-        at = self._find(row, page)
-        self.free[row, at] = int(self.free[row, at]) + change
-
-    def drop(self, row: int, page: int) -> None:
-        """Give a page back."""
-        at, last = self._find(row, page), int(self.num_pages[row]) - 1
-        self.page_of[row, at], self.free[row, at] = self.page_of[row, last], self.free[row, last]
-        self.num_pages[row] = last
-        self._pool.release([page])
+        before, after = int(self._before[row, page]), int(self._after[row, page])
+        if before != _NONE:
+            self._after[row, before] = after
+        else:
+            self._head[row, self.free[row, page]] = after
+        if after != _NONE:
+            self._before[row, after] = before
+        self.free[row, page] = int(self.free[row, page]) + change
+        self._link(row, np.asarray([page], dtype=np.int32), int(self.free[row, page]))
 
     def replace(self, row: int, page: int, other: int) -> None:
-        """Hold another page, as full, instead of one that other rows hold too."""
-        self.page_of[row, self._find(row, page)] = other
-        self._pool.release([page])
+        """Hold another page of the pool, with the same tokens, instead of one."""
+        old = int(self.page_of[row, page])
+        self.page_of[row, page] = other
+        self._pool.release([old])
 
-    def fullest_with(self, row: int, room: int, besides: int | None = None) -> int:
-        """Return the fullest page with room for that many tokens; a new one if there is none.
+    def fullest_with(self, row: int, room: int, besides: int = _NONE) -> int:
+        """Return the number of the fullest page with room for that many tokens, -1 without one.
 
         besides: a page that is not wanted.
         """
-        num = int(self.num_pages[row])
-        fits = self.free[row, :num] >= room
-        if besides is not None:
-            fits &= self.page_of[row, :num] != besides
-        where = np.flatnonzero(fits)
-        if where.size:
-            return int(self.page_of[row, where[self.free[row, where].argmin()]])
-        (page,) = self._pool.allocate(1)
-        self.hold(row, [page], [self._pool.page_size])
-        return page
+        for page in self._head[row, room:].tolist():
+            if page != _NONE and page == besides:
+                page = int(self._after[row, page])
+            if page != _NONE:
+                return int(page)
+        return _NONE
 
     def reorder(self, rows: list[int]) -> None:
         """Take rows in a new order; repeated rows share their pages, dropped ones let go."""
@@ -109,19 +132,27 @@ class PageTable:
                 self._pool.share(pages)
             if number == 0:
                 self._pool.release(pages)
-        self.num_pages = self.num_pages[rows]
-        self.page_of, self.free = self.page_of[rows], self.free[rows]
+        for name in ("num_pages", "page_of", "free", "_before", "_after", "_head"):
+            setattr(self, name, getattr(self, name)[rows])
+        self._native = None
 
-    def _find(self, row: int, page: int) -> int:
-        return int(np.flatnonzero(self.page_of[row, : self.num_pages[row]] == page)[0])
+    def _link(self, row: int, pages: np.ndarray, slots: int) -> None:
+        """Put pages at the head of a list, one before the other."""
+        old = self._head[row, slots]
+        self._after[row, pages] = np.concatenate([[old], pages[:-1]])
+        self._before[row, pages] = np.concatenate([pages[1:], [_NONE]])
+        if old != _NONE:
+            self._before[row, old] = pages[0]
+        self._head[row, slots] = pages[-1]
 
     def _reserve(self, capacity: int) -> None:
         have = self.page_of.shape[1]
         if capacity <= have:
             return
         grown = max(capacity, have * 3 // 2, 64)
-        for name in ("page_of", "free"):
+        for name in ("page_of", "free", "_before", "_after"):
             old = getattr(self, name)
             new = np.zeros((old.shape[0], grown), dtype=old.dtype)
             new[:, :have] = old
             setattr(self, name, new)
+        self._native = None

@@ -1,7 +1,7 @@
 """The leaves of all rows: their summaries, and where their tokens are.
 
 page    [row, leaf]         the page that holds them, by its number within the row
-slots   [row, leaf, i]      their slots in that page, NO_SLOT behind the last
+slots   [row, leaf, byte]   their slots in that page, a bit each
 """
 
 import numpy as np
@@ -12,9 +12,7 @@ from icecache.errors import IntegrityError
 from icecache.ops.batched import summarize
 from icecache.tree.level import Level
 
-__all__ = ["NO_SLOT", "LeafTable"]
-
-NO_SLOT = 255
+__all__ = ["LeafTable"]
 
 
 class LeafTable(Level):
@@ -22,13 +20,13 @@ class LeafTable(Level):
 
     Parameters
     ----------
-    num_rows, head_dim, leaf_size : int
+    num_rows, head_dim, leaf_size, page_size : int
     """
 
     _COUNT = "uint8"
 
-    def __init__(self, num_rows: int, head_dim: int, leaf_size: int) -> None:
-        self.leaf_size = leaf_size
+    def __init__(self, num_rows: int, head_dim: int, leaf_size: int, page_size: int) -> None:
+        self.leaf_size, self.page_size = leaf_size, page_size
         super().__init__(num_rows, head_dim)
 
     @property
@@ -36,42 +34,45 @@ class LeafTable(Level):
         """Tokens of all leaves."""
         return int(self.counts().sum())
 
-    def tokens(self, page_size: int) -> tuple[Tensor, Tensor]:
-        """Return every leaf's tokens, page * page_size + slot, and which of them are real.
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Return every leaf's page, slot by slot, page * page_size + slot, and which are its own.
 
-        Both of shape [rows, longest row, leaf_size], int64 and bool.
+        Both of shape [rows, longest row, page_size], int64 and bool.
         """
-        leaf = torch.arange(self.longest).expand(self.num_rows, -1)
-        return self.tokens_at(leaf, page_size)
+        return self.tokens_at(torch.arange(self.longest).expand(self.num_rows, -1))
 
-    def tokens_at(self, leaf: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens of chosen leaves, shape [rows, n] -> two of [rows, n, leaf_size]."""
+    def tokens_at(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same of chosen leaves, shape [rows, n] -> two of [rows, n, page_size]."""
         page = self._arrays["page"].gather(1, leaf).long()
-        slots = self._arrays["slots"].gather(1, leaf[..., None].expand(-1, -1, self.leaf_size))
+        slots = self._arrays["slots"]
+        packed = slots.gather(1, leaf[..., None].expand(-1, -1, slots.shape[2]))
         exists = leaf < torch.from_numpy(self.num)[:, None]
-        real = (slots != NO_SLOT) & exists[..., None]
-        return page[..., None] * page_size + slots.long(), real
+        own = torch.from_numpy(self._unpack(packed.numpy())) & exists[..., None]
+        return page[..., None] * self.page_size + torch.arange(self.page_size), own
 
     def pages(self) -> Tensor:
         """Return each leaf's page, shape [rows, longest row], int32."""
         return self._arrays["page"][:, : self.longest]
 
     def leaf(self, row: int, leaf: int) -> tuple[int, list[int]]:
-        """Return a leaf's page and slots."""
-        slots = self.numpy("slots")[row, leaf, : self.numpy("count")[row, leaf]]
-        return int(self.numpy("page")[row, leaf]), slots.tolist()
+        """Return a leaf's page and slots, rising."""
+        slots: list[int] = np.flatnonzero(self._unpack(self.numpy("slots")[row, leaf])).tolist()
+        return int(self.numpy("page")[row, leaf]), slots
 
     def place(self, row: int, leaf: int, page: int, slots: list[int]) -> None:
         """Say where a leaf's tokens are; its summary is set by `summarize`."""
+        own = np.zeros(self.page_size, dtype=bool)
+        own[slots] = True
         self.numpy("page")[row, leaf] = page
         self.numpy("count")[row, leaf] = len(slots)
-        self.numpy("slots")[row, leaf] = slots + [NO_SLOT] * (self.leaf_size - len(slots))
+        self.numpy("slots")[row, leaf] = np.packbits(own, bitorder="little")
 
-    def place_many(self, row: Tensor, leaf: Tensor, page: Tensor, slots: Tensor) -> None:
-        """Say where many leaves' tokens are; slots: shape [n, leaf_size], NO_SLOT behind."""
+    def place_many(self, row: Tensor, leaf: Tensor, page: Tensor, own: Tensor) -> None:
+        """Say where many leaves' tokens are; own: shape [n, page_size], bool."""
         self._arrays["page"][row, leaf] = page.to(torch.int32)
-        self._arrays["slots"][row, leaf] = slots.to(torch.uint8)
-        self.set_counts(row, leaf, (slots != NO_SLOT).sum(1))
+        packed = np.packbits(own.numpy(), axis=1, bitorder="little")
+        self._arrays["slots"][row, leaf] = torch.from_numpy(packed)
+        self.set_counts(row, leaf, own.sum(1))
 
     def summarize(
         self, row: Tensor, leaf: Tensor, ids: Tensor, keys: Tensor, values: Tensor
@@ -98,10 +99,14 @@ class LeafTable(Level):
         for row, num in enumerate(self.num):
             if (count[row, :num] == 0).any() or (count[row, num:] != 0).any():
                 raise IntegrityError(f"row {row}: empty leaf, or tokens behind the last leaf")
-            if not np.array_equal((slots[row, :num] != NO_SLOT).sum(-1), count[row, :num]):
+            if not np.array_equal(self._unpack(slots[row, :num]).sum(-1), count[row, :num]):
                 raise IntegrityError(f"row {row}: a leaf's slots differ from its count")
+
+    def _unpack(self, packed: np.ndarray) -> np.ndarray:
+        bits = np.unpackbits(packed, axis=-1, count=self.page_size, bitorder="little")
+        return bits.astype(bool)
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         shapes = super()._shapes()
         del shapes["first"]
-        return {**shapes, "page": ((), "int32"), "slots": ((self.leaf_size,), "uint8")}
+        return {**shapes, "page": ((), "int32"), "slots": (((self.page_size + 7) // 8,), "uint8")}

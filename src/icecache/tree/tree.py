@@ -35,7 +35,7 @@ class Tree:
 
     def __init__(self, config: IceCacheConfig, num_rows: int, head_dim: int) -> None:
         self._config = config
-        self.leaves = LeafTable(num_rows, head_dim, config.leaf_size)
+        self.leaves = LeafTable(num_rows, head_dim, config.leaf_size, config.page_size)
         self.levels: list[Level] = [self.leaves]
         self._native: tuple[NativeTree, list[object]] | None = None
 

@@ -116,8 +116,10 @@ static void place(const Shape *s, Tree *t, int64_t leaf, int64_t page, const uin
                   int64_t num) {
     t->page[leaf] = (int32_t)page;
     ((uint8_t *)t->level[0].count)[leaf] = (uint8_t)num;
-    for (int64_t i = 0; i < s->leaf_size; i++)
-        t->slots[leaf * s->leaf_size + i] = i < num ? slots[i] : NO_SLOT;
+    int64_t bytes = (s->page_size + 7) / 8;
+    memset(t->slots + leaf * bytes, 0, (size_t)bytes);
+    for (int64_t i = 0; i < num; i++)
+        t->slots[leaf * bytes + slots[i] / 8] |= (uint8_t)(1 << slots[i] % 8);
 }
 
 /* Stable order of `num` values, rising. */
@@ -236,16 +238,16 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, int64_t row, const
         Answer opened = open_leaf(s, t, p, row, &page);
         if (opened.status != INSERTED) return opened;
         path[0] = 0;
-        t->page[row * t->level[0].capacity] = (int32_t)page;
+        place(s, t, row * t->level[0].capacity, page, 0, 0);
     }
     int64_t leaf = row * t->level[0].capacity + path[0], old = count_of(t->level, 0, leaf);
     page = t->page[leaf];
     int64_t source = pool_page(p, row, page), free_slots = p->free[row * p->capacity + page];
     if (p->holders[source] != 1) return (Answer){NEEDS_COPY, (int32_t)page};
 
-    uint8_t slot[MOST_MEMBERS], upper[MOST_MEMBERS] = {0};
+    uint8_t slot[256], upper[MOST_MEMBERS] = {0};
+    slots_of(s, t, leaf, slot);
     for (int64_t m = 0; m < old; m++) {
-        slot[m] = t->slots[leaf * s->leaf_size + m];
         to_float(p->data, key_of(s, source, slot[m]), s->dtype, x->key + m * dim, dim);
         to_float(p->data, key_of(s, source, slot[m] + s->page_size), s->dtype, x->value + m * dim,
                  dim);
@@ -273,9 +275,10 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, int64_t row, const
         int64_t to = pool_page(p, row, target);
         if (p->holders[to] != 1) return (Answer){NEEDS_COPY, (int32_t)target};
         if (moves_other) {
-            uint8_t moved[MOST_MEMBERS];
+            uint8_t moved[256];
+            slots_of(s, t, other, moved);
             for (int64_t i = 0; i < need; i++)
-                moved[i] = (uint8_t)move_token(s, p, source, t->slots[other * s->leaf_size + i], to);
+                moved[i] = (uint8_t)move_token(s, p, source, moved[i], to);
             place(s, t, other, target, moved, need);
             change_free(s, p, row, target, -need);
             change_free(s, p, row, page, need);

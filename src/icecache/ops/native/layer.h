@@ -4,7 +4,6 @@
 
 #include <stdint.h>
 
-#define NO_SLOT 255
 #define MOST_LEVELS 12
 #define MAX_DIM 512
 
@@ -32,7 +31,7 @@ typedef struct {
 typedef struct {
     Level level[MOST_LEVELS];
     int32_t *page;  /* [rows, capacity of leaves], number within the row's pages */
-    uint8_t *slots; /* [rows, capacity of leaves, leaf_size] */
+    uint8_t *slots; /* [rows, capacity of leaves, (page_size + 7) / 8], a bit each */
     int64_t num_levels;
 } Tree;
 
@@ -50,6 +49,15 @@ typedef struct {
 
 static inline int64_t pool_page(const Pages *p, int64_t row, int64_t page) {
     return p->page_of[row * p->capacity + page];
+}
+
+/* The slots of a leaf, rising; returns their number. */
+static inline int64_t slots_of(const Shape *s, const Tree *t, int64_t leaf, uint8_t *slots) {
+    int64_t bytes = (s->page_size + 7) / 8, num = 0;
+    const uint8_t *bits = t->slots + leaf * bytes;
+    for (int64_t i = 0; i < s->page_size; i++)
+        if (bits[i / 8] >> (i % 8) & 1) slots[num++] = (uint8_t)i;
+    return num;
 }
 
 static inline int64_t count_of(const Level *t, int64_t level, int64_t at) {

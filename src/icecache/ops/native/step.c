@@ -105,12 +105,19 @@ static void gather(const Shape *s, const Tree *t, const Pages *p, int64_t row, c
         if (!f->chosen[i]) continue;
         int64_t leaf = row * t->level[0].capacity + f->id[i];
         int64_t page = pool_page(p, row, t->page[leaf]);
-        for (int64_t k = 0; k < (int64_t)f->count[i]; k++) {
-            int64_t slot = t->slots[leaf * s->leaf_size + k], n = e->num++ - e->num_fixed;
-            e->token[n] = (page * 2 * s->page_size + slot) * s->dim;
-            if (positions) positions[n] = p->positions[page * s->page_size + slot];
+        uint8_t slots[256];
+        int64_t num = slots_of(s, t, leaf, slots);
+        for (int64_t k = 0; k < num; k++) {
+            int64_t n = e->num++ - e->num_fixed;
+            e->token[n] = (page * 2 * s->page_size + slots[k]) * s->dim;
+            if (positions) positions[n] = p->positions[page * s->page_size + slots[k]];
         }
     }
+}
+
+CLONES static void score_selected(const Shape *s, const Pages *p, const float *query, Exact *e) {
+    BY_DIM(s->dim, score_tokens, s, query, p->data, e->token, 0, e->num - e->num_fixed,
+           e->logits + e->num_fixed, e->stride)
 }
 
 /* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
@@ -196,6 +203,7 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
         result->leaves_scored += f.num - f.num_far;
         if (result->num_attended) result->num_attended[row] = (int32_t)e.num;
         if (!result->out) continue;
+        score_selected(s, pages, q, &e);
         normalise(s, tree, row, sinks, &e, &f);
         attend(s, tree, pages, segments, num_segments, row, &e, &f, result->out + row * per_row);
     }
