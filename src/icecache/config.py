@@ -37,7 +37,7 @@ class IceCacheConfig:
         many at most.
     crossover : int, default 4096
         Leaves up to which a row is scanned flat; with more, a search descends from the top.
-    field_of_view : int, default 128
+    field_of_view : int, default 256
         Nodes of each level that a descent expands; the others are attended through their own
         summaries. Larger is more faithful and costs scan time in proportion.
     remainder : bool, optional
@@ -88,7 +88,7 @@ class IceCacheConfig:
     page_size: int = 16
     fan_out: int = 10
     crossover: int = 4096
-    field_of_view: int = 128
+    field_of_view: int = 256
     remainder: bool | None = None
     selection: Selection = "tree"
     unit: Unit = "leaf"
