@@ -50,24 +50,30 @@ static void sift_down(Candidate *heap, int64_t num, int64_t at) {
     heap[at] = moving;
 }
 
-static inline void dot_heads(int64_t dim, const float *query, int64_t heads, const int8_t *codes,
-                             float *out, int64_t stride) {
-    float mean[MAX_DIM];
-    from_int8(codes, mean, dim);
-    for (int64_t g = 0; g < heads; g++) out[g * stride] = dot(query + g * dim, mean, dim);
+/* Dot products of `block` entries with all heads; a few at a time keep the adders busy. */
+static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
+                             const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
+    _Alignas(64) float mean[4][MAX_DIM];
+    for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean[k], dim);
+    for (int64_t g = 0; g < heads; g++)
+        for (int64_t k = 0; k < block; k++)
+            out[g * stride + k] = dot(query + g * dim, mean[k], dim);
 }
 
 static inline void dot_entries(int64_t dim, const Level *level, int64_t row, const float *query,
                                int64_t heads, const int32_t *id, int64_t num, float *out,
                                int64_t stride) {
     const int8_t *codes = level->key_mean + row * level->capacity * dim;
-    for (int64_t i = 0; i < num; i++) {
+    int64_t i = 0;
+    for (; i + 4 <= num; i += 4) {
 #if defined(__GNUC__)
         /* children lie apart; the next ones are on their way while these are scored */
-        if (i + 8 < num) __builtin_prefetch(codes + (int64_t)id[i + 8] * dim);
+        for (int64_t k = i + 8; k < i + 12 && k < num; k++)
+            __builtin_prefetch(codes + (int64_t)id[k] * dim);
 #endif
-        dot_heads(dim, query, heads, codes + (int64_t)id[i] * dim, out + i, stride);
+        dot_block(dim, 4, query, heads, codes, id + i, out + i, stride);
     }
+    dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
 }
 
 /* Logits and corrections of entries `from` on, whose ids are given. */

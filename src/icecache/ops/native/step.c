@@ -45,7 +45,7 @@ static inline void score_token(int64_t dim, const Shape *s, const float *query, 
 static inline void score_tokens(int64_t dim, const Shape *s, const float *query, const void *data,
                                 const int64_t *offset, int64_t first, int64_t num, float *logits,
                                 int64_t stride) {
-    float key[MAX_DIM];
+    _Alignas(64) float key[MAX_DIM];
     for (int64_t k = 0; k < num; k++) {
         to_float(data, offset ? offset[k] : first + k * dim, s->dtype, key, dim);
         score_token(dim, s, query, key, logits + k, stride);
@@ -55,7 +55,7 @@ static inline void score_tokens(int64_t dim, const Shape *s, const float *query,
 static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
                                  const int64_t *offset, int64_t first, int64_t num,
                                  const float *weight, int64_t stride, float *out) {
-    float value[MAX_DIM];
+    _Alignas(64) float value[MAX_DIM];
     for (int64_t k = 0; k < num; k++) {
         to_float(data, offset ? offset[k] + s->page_size * dim : first + k * dim, s->dtype, value,
                  dim);
@@ -66,7 +66,7 @@ static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
 
 static inline void attend_entries(int64_t dim, const Shape *s, const Tree *t, int64_t row,
                                   const Found *f, float *out) {
-    float value[MAX_DIM];
+    _Alignas(64) float value[MAX_DIM];
     for (int64_t i = 0; i < f->num; i++) {
         if (f->chosen[i]) continue;
         const Level *of = t->level + f->level[i];
