@@ -8,7 +8,9 @@ setup(
     ext_modules=[
         Extension(
             "icecache.ops._native",
-            sources=[f"src/icecache/ops/native/{name}.c" for name in ("step", "insert", "group")],
+            sources=[
+                f"src/icecache/ops/native/{name}.c" for name in ("step", "insert", "group", "pack")
+            ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
                 for name in ("layer", "vector", "nearest", "nearest_tile")

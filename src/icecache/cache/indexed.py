@@ -13,7 +13,7 @@ from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.dispatch import resolve_backend
-from icecache.store.packing import pack
+from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.store.residency import InPlace
@@ -142,24 +142,22 @@ class IndexedTokens:
     def _lay_out(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         """Give each leaf a page and each token a slot in it; both of shape [tokens], int64."""
         page_size = self._config.page_size
-        sizes = torch.bincount(leaves.ids).tolist()
-        parents = leaves.parents.tolist()
-        page_of_leaf: list[int] = []
+        fill = pack_native if self._native else pack
+        sizes = torch.bincount(leaves.ids)
+        page_of_leaf = torch.empty_like(sizes)
         first = 0
         for row, num in enumerate(leaves.per_row):
             span = slice(first, first + num)
             if self._config.selection == "paper":
-                packed, num_pages = list(range(num)), num
+                packed, num_pages = torch.arange(num), num
             else:
-                packed, num_pages = pack(sizes[span], parents[span], page_size)
+                packed, num_pages = fill(sizes[span], leaves.parents[span], page_size)
             pages = self._allocate(num_pages)
-            page_of_leaf.extend(pages[p] for p in packed)
-            free = [page_size] * num_pages
-            for p, size in zip(packed, sizes[span], strict=True):
-                free[p] -= size
-            self.pages.hold(row, pages, free)
+            page_of_leaf[span] = torch.tensor(pages, dtype=torch.int64)[packed]
+            used = torch.zeros(num_pages, dtype=torch.int64).index_add_(0, packed, sizes[span])
+            self.pages.hold(row, pages, (page_size - used).tolist())
             first += num
-        page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
+        page = page_of_leaf[leaves.ids]
         slot = torch.empty_like(page)
         order = torch.argsort(page * (leaves.parents.numel() + 1) + leaves.ids, stable=True)
         slot[order] = _rank_within(page[order])

@@ -1,4 +1,4 @@
-"""The compiled ops: step.c, insert.c and group.c through ctypes.
+"""The compiled ops: step.c, insert.c, group.c and pack.c through ctypes.
 
 Built at installation where there is a C compiler. `load` says clearly where it is not.
 """
@@ -136,6 +136,8 @@ def load() -> ctypes.CDLL:
         *(c_void_p,) * 3,
     ]
     library.icecache_group.restype = c_int
+    library.icecache_pack.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
+    library.icecache_pack.restype = c_int64
     return library
 
 
