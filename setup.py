@@ -9,7 +9,8 @@ setup(
         Extension(
             "icecache.ops._native",
             sources=[
-                f"src/icecache/ops/native/{name}.c" for name in ("search", "step", "insert", "group")
+                f"src/icecache/ops/native/{name}.c"
+                for name in ("search", "step", "insert", "group", "pack")
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"

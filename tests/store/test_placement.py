@@ -1,18 +1,22 @@
 """Packing of leaves into pages, and the rows' hold on pages, against plain models."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.store.packing import pack
+from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.tree.build import build_leaves
-from tests.helpers import clustered
+from tests.helpers import HAS_NATIVE, clustered
 
 _settings = settings(derandomize=True, deadline=None, max_examples=100)
+FILLS = [pack, *([pack_native] if HAS_NATIVE else [])]
 
 
 def _loads(sizes: list[int], page: list[int], num_pages: int) -> list[int]:
@@ -22,26 +26,39 @@ def _loads(sizes: list[int], page: list[int], num_pages: int) -> list[int]:
     return loads
 
 
-@_settings
-@given(
-    st.integers(1, 20).flatmap(
-        lambda size: st.tuples(
-            st.just(size), st.lists(st.tuples(st.integers(1, size), st.integers(0, 9)), max_size=60)
-        )
+_leaves = st.integers(1, 20).flatmap(
+    lambda size: st.tuples(
+        st.just(size), st.lists(st.tuples(st.integers(1, size), st.integers(3, 12)), max_size=60)
     )
 )
+
+
+@_settings
+@given(_leaves)
 def test_pack_keeps_leaves_whole_and_pages_within_their_size(
     case: tuple[int, list[tuple[int, int]]],
 ) -> None:
     page_size, leaves = case
-    sizes, parents = [s for s, _ in leaves], [p for _, p in leaves]
+    sizes, parents = torch.tensor(leaves, dtype=torch.int64).view(-1, 2).unbind(1)
     page, num_pages = pack(sizes, parents, page_size)
-    loads = _loads(sizes, page, num_pages)
-    assert len(page) == len(sizes)
+    loads = _loads(sizes.tolist(), page.tolist(), num_pages)
+    assert page.numel() == len(leaves)
     assert all(1 <= load <= page_size for load in loads)
     # two pages that fit in one would mean that something was not filled up
     if len(loads) > 1:
         assert sum(sorted(loads)[:2]) > page_size
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the compiled ops are not installed")
+@_settings
+@given(_leaves)
+def test_the_compiled_pack_is_its_twin(case: tuple[int, list[tuple[int, int]]]) -> None:
+    page_size, leaves = case
+    sizes, parents = torch.tensor(leaves, dtype=torch.int64).view(-1, 2).unbind(1)
+    page, num_pages = pack_native(sizes, parents, page_size)
+    expected, num_expected = pack(sizes, parents, page_size)
+    assert torch.equal(page, expected)
+    assert num_pages == num_expected
 
 
 @pytest.mark.parametrize(
@@ -53,22 +70,26 @@ def test_pages_of_a_built_tree_are_full(
 ) -> None:
     config = IceCacheConfig(leaf_size=leaf_size, leaf_target=leaf_target, page_size=page_size)
     leaves = build_leaves(clustered(0, tokens, 64, centres=60), [tokens], config)
-    sizes = torch.bincount(leaves.ids).tolist()
-    page, num_pages = pack(sizes, leaves.parents.tolist(), page_size)
+    sizes = torch.bincount(leaves.ids)
+    page, num_pages = pack(sizes, leaves.parents, page_size)
     assert tokens / (num_pages * page_size) >= 0.9
-    assert max(_loads(sizes, page, num_pages)) <= page_size
+    assert max(_loads(sizes.tolist(), page.tolist(), num_pages)) <= page_size
 
 
-def test_siblings_share_pages() -> None:
-    sizes, parents = [4, 4, 4, 4, 4, 4, 4, 4], [0, 1, 0, 1, 0, 1, 0, 1]
-    page, num_pages = pack(sizes, parents, 16)
+@pytest.mark.parametrize("fill", FILLS)
+def test_siblings_share_pages(fill: Callable[..., tuple[Tensor, int]]) -> None:
+    parents = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
+    page, num_pages = fill(torch.full((8,), 4), parents, 16)
     assert num_pages == 2
     for parent in (0, 1):
-        assert len({page[leaf] for leaf in range(8) if parents[leaf] == parent}) == 1
+        assert len(page[parents == parent].unique()) == 1
 
 
-def test_pack_nothing() -> None:
-    assert pack([], [], 16) == ([], 0)
+@pytest.mark.parametrize("fill", FILLS)
+def test_pack_nothing(fill: Callable[..., tuple[Tensor, int]]) -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    page, num_pages = fill(nothing, nothing, 16)
+    assert page.numel() == num_pages == 0
 
 
 @_settings

@@ -58,6 +58,19 @@ def test_whole_numbers_are_grouped_exactly_as_by_the_twin(dim: int, num: int) ->
     assert torch.equal(ids, expected)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("segment", [256, 4096])
+def test_equals_are_told_apart_by_their_number(dim: int, segment: int) -> None:
+    """Groups of many equal points, cut: the twin's order of equals holds in every segment."""
+    points = torch.randint(-2, 3, (2000, dim), generator=rng(dim)).float()
+    both = torch.cat([points, -points.flip(0)])
+    rule = RULE._replace(segment=segment, rounds=0)
+    ids, per_row = group_native(both, [4000], rule)
+    expected, groups = group(both, [4000], rule)
+    assert per_row == groups
+    assert float((ids == expected).float().mean()) > 0.99
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("segment", [256, 2048])
 def test_segments_are_those_of_the_twin(dim: int, segment: int) -> None:

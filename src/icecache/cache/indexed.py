@@ -14,7 +14,7 @@ from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.native import DTYPES, MAX_DIM
 from icecache.ops.dispatch import resolve_backend
-from icecache.store.packing import pack
+from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.store.residency import InPlace
@@ -161,23 +161,21 @@ class IndexedTokens:
     def _lay_out(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         """Give each leaf a page of its row and each token a slot; both of shape [tokens], int64."""
         page_size = self._config.page_size
-        sizes = torch.bincount(leaves.ids).tolist()
-        parents = leaves.parents.tolist()
-        page_of_leaf: list[int] = []
+        fill = pack_native if self._native else pack
+        sizes = torch.bincount(leaves.ids)
+        page_of_leaf = torch.empty_like(sizes)
         first = 0
         for row, num in enumerate(leaves.per_row):
             span = slice(first, first + num)
             if self._config.selection == "paper":
-                packed, num_pages = list(range(num)), num
+                packed, num_pages = torch.arange(num), num
             else:
-                packed, num_pages = pack(sizes[span], parents[span], page_size)
-            free = [page_size] * num_pages
-            for p, size in zip(packed, sizes[span], strict=True):
-                free[p] -= size
-            number = self.pages.hold(row, self._allocate(num_pages), free)
-            page_of_leaf.extend(number + p for p in packed)
+                packed, num_pages = fill(sizes[span], leaves.parents[span], page_size)
+            used = torch.zeros(num_pages, dtype=torch.int64).index_add_(0, packed, sizes[span])
+            pages = self._allocate(num_pages)
+            page_of_leaf[span] = self.pages.hold(row, pages, (page_size - used).tolist()) + packed
             first += num
-        page = torch.tensor(page_of_leaf, dtype=torch.int64)[leaves.ids]
+        page = page_of_leaf[leaves.ids]
         slot = torch.empty_like(page)
         row_of_leaf = torch.repeat_interleave(torch.tensor(leaves.per_row))
         whole = row_of_leaf[leaves.ids] * (int(page.max()) + 1) + page

@@ -149,6 +149,8 @@ def load() -> ctypes.CDLL:
         *(c_void_p,) * 3,
     ]
     library.icecache_group.restype = c_int
+    library.icecache_pack.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
+    library.icecache_pack.restype = c_int64
     return library
 
 

@@ -20,8 +20,8 @@ typedef struct {
     Parents packed;
     double *sum;
     float *centre, *x, *tiles, *parents, *centred, *key, *mean, *direction;
-    int32_t *order, *cell, *rank, *by_number, *filled;              /* of a row's points */
-    int32_t *nearest, *group, *members, *sorted, *spare, *start, *at, *next, *number; /* of a segment's */
+    int32_t *order, *cell, *filled; /* of a row's points */
+    int32_t *nearest, *group, *members, *sorted, *spare, *start, *at, *next, *number;
 } Scratch;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,8 +56,8 @@ static size_t lay_out(Scratch *s, char *base, int64_t longest, int64_t dim, cons
     s->key = take(base, &used, points, sizeof(float));
     s->mean = take(base, &used, dim, sizeof(float));
     s->direction = take(base, &used, dim, sizeof(float));
-    int32_t **of_row[] = {&s->order, &s->cell, &s->rank, &s->by_number, &s->filled};
-    for (int i = 0; i < 5; i++) *of_row[i] = take(base, &used, longest + 1, sizeof(int32_t));
+    int32_t **of_row[] = {&s->order, &s->cell, &s->filled};
+    for (int i = 0; i < 3; i++) *of_row[i] = take(base, &used, longest + 1, sizeof(int32_t));
     int32_t **of_segment[] = {&s->nearest, &s->group, &s->members, &s->sorted, &s->spare,
                               &s->start,   &s->at,    &s->next,    &s->number};
     for (int i = 0; i < 9; i++)
@@ -180,17 +180,6 @@ static int64_t segment_start(int64_t segment, int64_t num, int64_t segments) {
     return segment * (num / segments) + smaller(segment, num % segments);
 }
 
-/* List each segment's positions by rising point number: equals are told apart by that. */
-static void list_by_number(Scratch *s, int64_t num, int64_t segments) {
-    for (int64_t g = 0; g < segments; g++) {
-        int64_t first = segment_start(g, num, segments), end = segment_start(g + 1, num, segments);
-        s->filled[g] = (int32_t)first;
-        for (int64_t p = first; p < end; p++) s->cell[s->order[p]] = (int32_t)g;
-        for (int64_t p = first; p < end; p++) s->rank[s->order[p]] = (int32_t)(p - first);
-    }
-    for (int64_t i = 0; i < num; i++) s->by_number[s->filled[s->cell[i]]++] = s->rank[i];
-}
-
 CLONES static void mean_parents(Scratch *s, int64_t num, int64_t num_parents, int64_t dim) {
     int32_t *count = s->start;
     memset(count, 0, sizeof(int32_t) * (size_t)num_parents);
@@ -220,8 +209,7 @@ static void promote_and_refine(Scratch *s, int64_t num, int64_t dim, const Rule 
 }
 
 /* Number the parents in use and list their members; returns how many they are. */
-static int64_t list_members(Scratch *s, const int32_t *by_number, int64_t num,
-                            int64_t num_parents) {
+static int64_t list_members(Scratch *s, int64_t num, int64_t num_parents) {
     int32_t *count = s->next, groups = 0, total = 0;
     memset(count, 0, sizeof(int32_t) * (size_t)num_parents);
     for (int64_t i = 0; i < num; i++) count[s->nearest[i]]++;
@@ -233,10 +221,9 @@ static int64_t list_members(Scratch *s, const int32_t *by_number, int64_t num,
     }
     s->start[groups] = total;
     for (int64_t i = 0; i < num; i++) {
-        int32_t position = by_number ? by_number[i] : (int32_t)i;
-        int32_t group = s->number[s->nearest[position]];
-        s->group[position] = group;
-        s->members[s->at[group]++] = position;
+        int32_t group = s->number[s->nearest[i]];
+        s->group[i] = group;
+        s->members[s->at[group]++] = (int32_t)i;
     }
     return groups;
 }
@@ -280,18 +267,14 @@ static int64_t group_row(Scratch *s, const float *points, int64_t num, int64_t d
                          const Rule *rule, int64_t first_group, int64_t *ids) {
     int64_t segments = parts(num, rule->segment), groups = 0;
     find_centre(s, points, num, dim);
-    if (segments > 1) {
-        coarse_order(s, points, num, dim, rule);
-        list_by_number(s, num, segments);
-    }
+    if (segments > 1) coarse_order(s, points, num, dim, rule);
     for (int64_t g = 0; g < segments; g++) {
         int64_t first = segment_start(g, num, segments);
         int64_t here = segment_start(g + 1, num, segments) - first;
         const int32_t *order = segments > 1 ? s->order + first : NULL;
         gather(s, points, order, 1, here, dim, s->x);
         promote_and_refine(s, here, dim, rule);
-        int64_t found = list_members(s, order ? s->by_number + first : NULL, here,
-                                     parts(here, rule->target));
+        int64_t found = list_members(s, here, parts(here, rule->target));
         found = cut_groups(s, found, dim, rule->largest);
         for (int64_t i = 0; i < here; i++)
             ids[order ? order[i] : i] = first_group + groups + s->group[i];
