@@ -209,10 +209,11 @@ def selected_by_leaves(layer: IceCacheLayer, chosen: Tensor) -> list[Selected]:
     result = []
     for row in range(chosen.shape[0]):
         positions: list[int] = []
-        leaves = range(indexed.table.num_leaves[row])
+        leaves = range(int(indexed.leaves.num[row]))
         for leaf in (leaf for leaf in leaves if chosen[row, leaf]):
-            page, slots = indexed.table.leaf(row, leaf)
+            page, slots = indexed.leaves.leaf(row, leaf)
             at = torch.tensor([page * layer.config.page_size + slot for slot in slots])
+            at = indexed.pages.in_pool(row, at)
             positions.extend(indexed.pool.positions_of(at).tolist())
         result.append(Selected(positions, [leaf for leaf in leaves if not chosen[row, leaf]]))
     return result
@@ -267,15 +268,15 @@ def _estimate(
     layer: IceCacheLayer, row: int, leaf: int, q: Tensor, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return a leaf's logit, shape [1], and mean value."""
-    view = layer._context.indexed.table.view()
-    logit = scaling * (view.key_mean[row, leaf].float() * view.key_scale[row, leaf]) @ q
-    correction = 0.5 * scaling**2 * (q @ q) * view.spread[row, leaf] / q.shape[0]
+    view = layer._context.indexed.leaves.view()
+    logit = scaling * (view.key_mean[row, leaf].float() * view.key_scale[row, leaf].float()) @ q
+    correction = 0.5 * scaling**2 * (q @ q) * view.spread[row, leaf].float() / q.shape[0]
     if softcap is not None:
         slope = 1 - torch.tanh(logit / softcap) ** 2
         logit, correction = softcap * torch.tanh(logit / softcap), correction * slope**2
     logit = logit + math.log(int(view.count[row, leaf]))
     logit = logit + layer.config.spread_weight * correction.clamp(max=2.0)
-    mean = view.value_mean[row, leaf].float() * view.value_scale[row, leaf]
+    mean = view.value_mean[row, leaf].float() * view.value_scale[row, leaf].float()
     return logit[None], mean
 
 
