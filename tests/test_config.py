@@ -53,7 +53,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("leaf_target", 9, "must be at most leaf_size (8)"),
     ("page_size", 7, "must be at least leaf_size (8)"),
     ("page_size", 256, "must be from 1 to 255"),
-    ("fan_out", 1, "must be from 2 to 1024"),
+    ("fan_out", 1, "must be from 2 to 64"),
     ("refine_rounds", -1, "must be from 0 to 100"),
     ("segment_tokens", 15, "must be at least two leaves (16)"),
     ("segment_tokens", 1 << 30, "must be from 2 to"),

@@ -18,20 +18,19 @@ from tests.helpers import rng
 NO_FIXED = -math.inf
 
 
-def _scores(weights: list[list[float]], correction: float = 0.0) -> LeafScores:
+def _scores(weights: list[list[float]], beside: float = NO_FIXED) -> LeafScores:
     """Return one row's scores from each head's weights; log 0 is no leaf."""
     logits = torch.tensor([weights]).log()
-    return LeafScores(logits, torch.full_like(logits, correction))
+    return _found(logits, torch.zeros_like(logits), torch.full(logits.shape[:2], beside))
 
 
-def _fixed(heads: int, value: float = NO_FIXED) -> Tensor:
-    return torch.full((1, heads), value)
+def _found(logits: Tensor, correction: Tensor, beside: Tensor) -> LeafScores:
+    return LeafScores(logits, correction, beside, None, 0, logits.shape[0] * logits.shape[2])
 
 
 def _leaves(scores: LeafScores, sizes: list[int], room: int, remainder: bool = False) -> list[int]:
-    fixed = _fixed(scores.logits.shape[1])
     count = torch.tensor([sizes])
-    choice = choose_leaves(scores, count, None, fixed, room, remainder, batched.choose_within)
+    choice = choose_leaves(scores, count, None, room, remainder, batched.choose_within)
     return choice.chosen[0].nonzero()[:, 0].tolist()
 
 
@@ -65,11 +64,8 @@ def test_with_a_remainder_a_leaf_of_equal_keys_is_worth_nothing() -> None:
 
 
 def test_shares_are_of_everything_that_is_attended() -> None:
-    scores = _scores([[1.0, 3.0]])
-    fixed = _fixed(1, math.log(4.0))
-    choice = choose_leaves(
-        scores, torch.tensor([[1, 1]]), None, fixed, 2, False, batched.choose_within
-    )
+    scores = _scores([[1.0, 3.0]], beside=math.log(4.0))
+    choice = choose_leaves(scores, torch.tensor([[1, 1]]), None, 2, False, batched.choose_within)
     torch.testing.assert_close(choice.share, torch.tensor([[[0.125, 0.375]]]))
 
 
@@ -77,7 +73,7 @@ def test_pages_are_chosen_whole_and_paid_in_full() -> None:
     scores = _scores([[9.0, 1.0, 6.0, 1.0]])
     count, page = torch.tensor([[2, 4, 2, 1]]), torch.tensor([[7, 7, 9, 9]])
     for room, expected in ((9, [0, 1, 2, 3]), (6, [2, 3]), (3, [2, 3]), (2, [])):
-        choice = choose_leaves(scores, count, page, _fixed(1), room, False, batched.choose_within)
+        choice = choose_leaves(scores, count, page, room, False, batched.choose_within)
         assert choice.chosen[0].nonzero()[:, 0].tolist() == expected
 
 
@@ -90,8 +86,8 @@ def test_choose_leaves_equals_its_slow_twin(remainder: bool) -> None:
         logits = logits.masked_fill(count[:, None] == 0, -math.inf)
         correction = 2 * torch.rand(3, 5, 50, generator=generator)
         fixed = torch.randn(3, 5, generator=generator)
-        scores = LeafScores(logits, correction)
-        choice = choose_leaves(scores, count, None, fixed, 61, remainder, batched.choose_within)
+        scores = _found(logits, correction, fixed)
+        choice = choose_leaves(scores, count, None, 61, remainder, batched.choose_within)
         worth = torch.zeros(3, 50)
         for row in range(3):
             for head in range(5):
@@ -105,9 +101,9 @@ def test_choose_leaves_equals_its_slow_twin(remainder: bool) -> None:
 
 def test_best_tokens_are_the_top_of_the_summed_shares() -> None:
     scores = _scores([[1.0, 2.0, 4.0, 0.0, 1.0], [5.0, 2.0, 0.5, 0.0, 0.5]])
-    chosen = choose_best_tokens(scores, _fixed(2), 2).chosen
+    chosen = choose_best_tokens(scores, 2).chosen
     assert chosen[0].nonzero()[:, 0].tolist() == [0, 2]
-    everything = choose_best_tokens(scores, _fixed(2), 50).chosen
+    everything = choose_best_tokens(scores, 50).chosen
     assert everything[0].tolist() == [True, True, True, False, True]
 
 
@@ -116,12 +112,12 @@ def test_the_papers_heads_take_turns() -> None:
     scores = _scores([[9.0, 8.0, 7.0, 1.0, 1.0], [1.0, 1.0, 1.0, 7.0, 9.0]])
     page = torch.tensor([[0, 1, 2, 3, 4]])
     for num_pages, expected in ((1, [0]), (2, [0, 4]), (3, [0, 1, 4]), (4, [0, 1, 3, 4])):
-        chosen = choose_pages_of_best_tokens(scores, page, _fixed(2), num_pages).chosen
+        chosen = choose_pages_of_best_tokens(scores, page, num_pages).chosen
         assert chosen[0].nonzero()[:, 0].tolist() == expected
 
 
 def test_the_papers_pages_are_ranked_by_their_best_token() -> None:
     scores = _scores([[9.0, 0.1, 5.0, 5.0, 5.0, 0.0]])
     page = torch.tensor([[3, 3, 8, 8, 8, 0]])
-    chosen = choose_pages_of_best_tokens(scores, page, _fixed(1), 1).chosen
+    chosen = choose_pages_of_best_tokens(scores, page, 1).chosen
     assert chosen[0].nonzero()[:, 0].tolist() == [0, 1]

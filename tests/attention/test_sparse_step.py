@@ -129,8 +129,8 @@ def test_page_unit_takes_whole_pages_within_the_budget(backend: str) -> None:
     layer = _layer(unit="page", backend=backend)
     rows, query = _grown(layer), make_query(4, 2, 6, dim=64)
     step = layer.inspect(query)
-    pages = layer._context.indexed.table.pages()
-    for row, num in enumerate(layer._context.indexed.table.num_leaves):
+    pages = layer._context.indexed.leaves.pages()
+    for row, num in enumerate(layer._context.indexed.leaves.num.tolist()):
         taken = set(pages[row, :num][step.chosen[row, :num]].tolist())
         left = set(pages[row, :num][~step.chosen[row, :num]].tolist())
         assert taken and left and not taken & left
@@ -171,7 +171,7 @@ def test_the_papers_variant_attends_whole_pages_alone(backend: str) -> None:
     layer = IceCacheLayer(config, num_kv_heads=2, head_dim=64, dtype=torch.float32)
     rows, query = _grown(layer), make_query(6, 2, 6, dim=64)
     step = layer.inspect(query)
-    tokens, real = layer._context.indexed.table.tokens(16)
+    tokens, real = layer._context.indexed.tokens()
     tokens, real = tokens.flatten(1), real.flatten(1)
     selected = []
     for row in range(4):

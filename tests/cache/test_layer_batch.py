@@ -147,7 +147,7 @@ def test_the_same_calls_give_the_same_bits() -> None:
         for step in range(20):
             layer.append(*make_tokens(15 + step, 2, 1))
             outs.append(layer.attend(make_query(50 + step, 2, 4)))
-        table = layer._context.indexed.table
+        table = layer._context.indexed.leaves
         runs.append((torch.cat(outs), table.pages(), table.counts(), layer.stats()))
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1]) and torch.equal(runs[0][2], runs[1][2])

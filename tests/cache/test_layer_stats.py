@@ -114,7 +114,7 @@ def test_inspect_says_what_attend_does() -> None:
     out, step = layer.attend(query), layer.inspect(query)
     torch.testing.assert_close(step.out.view_as(out), out, rtol=0, atol=1e-5)
     assert float(step.num_attended.double().mean()) == layer.stats().tokens_attended
-    assert step.num_scored == layer.stats().leaves
+    assert step.leaves_scored == layer.stats().leaves
     assert step.share.shape == (4, 2, step.chosen.shape[1])
     assert bool((step.share.sum(2) <= 1.0001).all())
 

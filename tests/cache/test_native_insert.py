@@ -36,12 +36,13 @@ def test_the_same_leaves_in_the_same_slots(
     for layer in (native, twin):
         layer.check_integrity()
         assert layer.stats().inserted == 3 * 600
-    ours, theirs = (layer._context.indexed.table for layer in (native, twin))  # type: ignore[union-attr]
-    assert ours.num_leaves == theirs.num_leaves
+    ours, theirs = (layer._context.indexed.leaves for layer in (native, twin))  # type: ignore[union-attr]
+    assert ours.num.tolist() == theirs.num.tolist()
     assert torch.equal(ours.counts(), theirs.counts())
-    for mine, other in zip(ours.tokens(16), theirs.tokens(16), strict=True):
+    for mine, other in zip(ours.tokens(), theirs.tokens(), strict=True):
         assert torch.equal(mine, other)
-    torch.testing.assert_close(ours.view().spread, theirs.view().spread, rtol=1e-4, atol=1e-5)
+    spreads = (table.view().spread.float() for table in (ours, theirs))
+    torch.testing.assert_close(*spreads, rtol=1e-2, atol=1e-5)
     # a mean summed in another order may round to the neighbouring code
     codes = (ours.view().key_mean.int() - theirs.view().key_mean.int()).abs()
     assert int(codes.max()) <= 1

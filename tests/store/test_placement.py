@@ -92,62 +92,74 @@ def test_pack_nothing(fill: Callable[..., tuple[Tensor, int]]) -> None:
     assert page.numel() == num_pages == 0
 
 
+def _open(table: PageTable, pool: PagePool, row: int = 0) -> int:
+    return table.hold(row, pool.allocate(1), [pool.page_size])
+
+
 @_settings
 @given(
-    st.lists(st.tuples(st.sampled_from(["take", "give", "drop"]), st.integers(0, 30)), max_size=40)
+    st.lists(st.tuples(st.sampled_from(["take", "give", "open"]), st.integers(0, 30)), max_size=40)
 )
 def test_row_pages_find_the_fullest_page_with_room(trace: list[tuple[str, int]]) -> None:
     pool = PagePool(8, 2, torch.float32)
     table, model = PageTable(pool, 1), dict[int, int]()
     for op, number in trace:
-        page = sorted(model)[number % len(model)] if model else None
-        if op == "take":
+        if op == "open":
+            more = [number % 9, 8, number % 3]
+            first = table.hold(0, pool.allocate(3), more)
+            assert first == len(model)
+            model.update(enumerate(more, first))
+        elif op == "take":
             room = 1 + number % 8
             fitting = [free for free in model.values() if free >= room]
             found = table.fullest_with(0, room)
-            assert table.free_slots(0, found) == (min(fitting) if fitting else 8)
-            model[found] = table.free_slots(0, found) - room
+            if not fitting:
+                assert found == -1
+                continue
+            assert model[found] == min(fitting)
+            model[found] -= room
             table.change_free(0, found, -room)
-        elif page is not None and op == "give":
+        elif model:
+            page = sorted(model)[number % len(model)]
             more = min(8 - model[page], 1 + number % 3)
             model[page] += more
             table.change_free(0, page, more)
-        elif page is not None:
-            table.drop(0, page)
-            del model[page]
-        assert {page: table.free_slots(0, page) for page in table.pages(0)} == model
+        assert dict(enumerate(table.free[0, : len(model)].tolist())) == model
         pool.check_integrity([table.pages(0)])
 
 
 def test_a_full_page_is_never_found() -> None:
-    table = PageTable(PagePool(4, 2, torch.float32), 1)
-    first = table.fullest_with(0, 4)
-    table.change_free(0, first, -4)
-    assert table.fullest_with(0, 1) != first
+    pool = PagePool(4, 2, torch.float32)
+    table = PageTable(pool, 1)
+    table.change_free(0, _open(table, pool), -4)
+    assert table.fullest_with(0, 1) == -1
 
 
 def test_the_unwanted_page_is_not_found() -> None:
-    table = PageTable(PagePool(4, 2, torch.float32), 1)
-    first = table.fullest_with(0, 4)
+    pool = PagePool(4, 2, torch.float32)
+    table = PageTable(pool, 1)
+    first = _open(table, pool)
     assert table.fullest_with(0, 1) == first
-    assert table.fullest_with(0, 1, besides=first) != first
+    assert table.fullest_with(0, 1, besides=first) == -1
+    second = _open(table, pool)
+    assert table.fullest_with(0, 1, besides=second) == first
+    assert table.fullest_with(0, 1, besides=first) == second
 
 
-def test_repeated_rows_share_their_pages_until_one_lets_go() -> None:
+def test_repeated_rows_share_their_pages_until_one_writes() -> None:
     pool = PagePool(4, 2, torch.float32)
     table = PageTable(pool, 2)
     for free in (2, 0, 3):
-        page = table.fullest_with(0, 4)
-        table.change_free(0, page, free - 4)
-    table.fullest_with(1, 4)
+        table.change_free(0, _open(table, pool), free - 4)
+    _open(table, pool, row=1)
     table.reorder([0, 0])
     assert pool.num_pages == 3
     assert table.pages(1) == table.pages(0)
     assert all(pool.is_shared(page) for page in table.pages(0))
     pool.check_integrity([table.pages(0), table.pages(1)])
-    dropped = table.pages(0)[0]
-    table.drop(0, dropped)
-    assert not pool.is_shared(dropped)
-    assert dropped in table.pages(1)
+    shared = table.pages(0)[1]
+    table.replace(0, 1, pool.copy_page(shared))
+    assert not pool.is_shared(shared)
+    assert table.pages(1)[1] == shared != table.pages(0)[1]
     pool.check_integrity([table.pages(0), table.pages(1)])
-    assert pool.num_pages == 3
+    assert pool.num_pages == 4

@@ -13,6 +13,7 @@ from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError, IntegrityError
 from icecache.ops.dispatch import ops_for, resolve_backend
 from icecache.store.memory import check_host_limit, check_host_memory
+from icecache.tree.tree import estimate_bytes_per_token
 
 __all__ = ["IceCacheLayer"]
 
@@ -293,7 +294,7 @@ class IceCacheLayer:
     def estimate_bytes(self, batch: int, tokens: int) -> int:
         """Return the host bytes that so many more tokens take, pages and index."""
         kv = 2 * self.head_dim * self.dtype.itemsize + 4
-        index = (2 * self.head_dim + 32 + self.config.leaf_size) / self.config.leaf_target
+        index = estimate_bytes_per_token(self.config, self.head_dim)
         return int(batch * self.num_kv_heads * tokens * (1.1 * kv + index))
 
     def stats(self) -> LayerStats:

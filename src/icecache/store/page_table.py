@@ -41,6 +41,9 @@ class PageTable:
         self._head = np.full((num_rows, pool.page_size + 1), _NONE, dtype=np.int32)
         self._native: Pages | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}
+
     def native(self) -> Pages:
         """Return the addresses of pool and table for the compiled ops, valid until they grow."""
         if self._native is None or self._native.data != self._pool.address:

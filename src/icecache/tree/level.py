@@ -63,6 +63,9 @@ class Level:
         self._arrays = self._allocate(0)
         self._native: NativeLevel | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}
+
     @property
     def num_rows(self) -> int:
         """Rows of the level."""

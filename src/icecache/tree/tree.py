@@ -18,7 +18,7 @@ from icecache.tree.build import group_nodes
 from icecache.tree.level import Level
 from icecache.tree.table import LeafTable
 
-__all__ = ["GROWN_TOP", "WIDEST_TOP", "Tree"]
+__all__ = ["GROWN_TOP", "WIDEST_TOP", "Tree", "estimate_bytes_per_token"]
 
 WIDEST_TOP = 128
 GROWN_TOP = 256
@@ -38,6 +38,9 @@ class Tree:
         self.leaves = LeafTable(num_rows, head_dim, config.leaf_size, config.page_size)
         self.levels: list[Level] = [self.leaves]
         self._native: tuple[NativeTree, list[object]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_native": None}
 
     @property
     def num_rows(self) -> int:
@@ -66,9 +69,8 @@ class Tree:
     def native(self) -> NativeTree:
         """Return the arrays' addresses for the compiled ops, valid until a level grows."""
         levels: list[object] = [level.native() for level in self.levels]
-        if self._native is None or any(
-            a is not b for a, b in zip(levels, self._native[1], strict=True)
-        ):
+        known = [] if self._native is None else self._native[1]
+        if len(known) != len(levels) or any(a is not b for a, b in zip(levels, known, strict=True)):
             tree = NativeTree(
                 page=pointer(self.leaves.array("page")),
                 slots=pointer(self.leaves.array("slots")),
@@ -77,6 +79,7 @@ class Tree:
             for i, level in enumerate(levels):
                 tree.level[i] = level
             self._native = tree, levels
+        assert self._native is not None
         return self._native[0]
 
     def extend(self, first: list[int], per_row: list[int], parents: Tensor) -> None:
@@ -213,3 +216,10 @@ class Tree:
             below.keys(), below.values(), below.spread, below.count.long(), ids, int(ids.max()) + 1
         )
 
+
+
+def estimate_bytes_per_token(config: IceCacheConfig, head_dim: int) -> float:
+    """Return about how many bytes of index a token of one row takes, pages' entries included."""
+    leaf = 2 * head_dim + 15 + (config.page_size + 7) // 8
+    node = (2 * head_dim + 18) / (0.6 * config.fan_out)
+    return (leaf + 1.3 * node) / (0.75 * config.leaf_target) + 13 / (0.75 * config.page_size)
