@@ -32,7 +32,7 @@ class IceCacheConfig:
         Tokens per promoted leaf when a tree is built; at most `leaf_size`.
     page_size : int, default 16
         Slots of a page, the unit of storage and transfer; at least `leaf_size`.
-    fan_out : int, default 10
+    fan_out : int, default 12
         Leaves, or nodes, that share a parent node when a tree is built; a node holds twice as
         many at most.
     crossover : int, default 4096
@@ -86,7 +86,7 @@ class IceCacheConfig:
     leaf_size: int = 8
     leaf_target: int = 5
     page_size: int = 16
-    fan_out: int = 10
+    fan_out: int = 12
     crossover: int = 4096
     field_of_view: int = 256
     remainder: bool | None = None

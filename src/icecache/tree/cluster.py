@@ -25,7 +25,7 @@ __all__ = [
     "split_oversized",
 ]
 
-COARSE_CELL = 256
+COARSE_CELL = 512
 MAX_COARSE_CELLS = 256
 _POWER_ROUNDS = 3
 _SCRATCH_ELEMENTS = 1 << 22
