@@ -26,9 +26,6 @@ from icecache import IceCacheConfig, IceCacheLayer
 from icecache.errors import BackendUnavailable, HostMemoryExceeded
 
 CONFIG = IceCacheConfig(budget=128)
-searches = pytest.mark.skipif(
-    not hasattr(IceCacheLayer, "search"), reason="the layer has no search of its own yet"
-)
 FIELDS = {
     "tokens",
     "kv_heads",
@@ -52,7 +49,6 @@ def small_case(tokens: int = 600) -> Case:
     return jobs[0].make()
 
 
-@searches
 def test_json_on_stdout_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert index.main([*SMALL, "--sizes", "300", "700", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -68,7 +64,6 @@ def test_json_on_stdout_is_one_object(capsys: pytest.CaptureFixture[str]) -> Non
         assert min(row[name] for name in FIELDS if name.endswith(("_s", "_ms"))) > 0
 
 
-@searches
 def test_recorded_layers_and_what_they_are_too_short_for(kv_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     base = ["--kv", str(kv_folder), "--steps", "2", "--inserts", "100", "--budget", "128"]
@@ -80,7 +75,6 @@ def test_recorded_layers_and_what_they_are_too_short_for(kv_folder: Path, tmp_pa
     assert "holds 500 tokens beside 100 to insert" in report["skipped"][0]["reason"]
 
 
-@searches
 def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "index.png"
     index.main([*SMALL, "--sizes", "300", "--png", str(picture)])
@@ -98,7 +92,6 @@ def test_the_shapes_are_those_of_the_models_unless_given() -> None:
     assert shapes("--heads", "1", "--head-dim", "64", "--group", "3") == [Shape(1, 64, 3)]
 
 
-@searches
 def test_a_layer_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(case: Case, config: IceCacheConfig) -> None:
         if case.tokens > 400:
@@ -187,7 +180,6 @@ def test_the_layer_around_an_index_is_the_prefilled_layer() -> None:
     assert indexed.lens == [600 - 48 + 12] * 2
 
 
-@searches
 def test_large_layers_are_held_in_bfloat16() -> None:
     choose = index_case.choose_dtype
     assert choose("auto", 8, 128, 1 << 18) == torch.float32
@@ -228,7 +220,6 @@ class BruteForce:
         return ids.astype(np.uint64), np.take_along_axis(distance, ids, 1)
 
 
-@searches
 def test_peers_answer_the_same_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     library = ModuleType("hnswlib")
     library.Index = BruteForce  # type: ignore[attr-defined]
@@ -308,7 +299,6 @@ def test_synthetic_keys_are_the_same_in_every_dtype_but_for_rounding() -> None:
     assert torch.equal(exact.queries, rounded.queries)
 
 
-@searches
 def test_the_report_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     index.main([*SMALL, "--sizes", "300", "--set", "leaf_size=6", "--json", "-"])
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
