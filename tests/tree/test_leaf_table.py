@@ -6,19 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.reference import quantize_rows, summarize
-from icecache.tree.insert import NO_LEAF, assign, cut
-from icecache.tree.table import NO_SLOT, LeafTable, LeafView
-from tests.helpers import HAS_NATIVE, clustered, rng
+from icecache.store.page_table import PageTable
+from icecache.store.pool import PagePool
+from icecache.tree.insert import cut_in_two, find_path
+from icecache.tree.level import NONE, Summaries
+from icecache.tree.table import LeafTable
+from icecache.tree.tree import Tree
+from tests.helpers import clustered
 
 DIM, LEAF_SIZE, PAGE = 24, 4, 8
-NATIVE = [False, True] if HAS_NATIVE else [False]
 
 
 def _filled(num_leaves: list[int]) -> tuple[LeafTable, Tensor, Tensor, Tensor, Tensor]:
     """Return a table with leaves of 1 to 4 tokens, and each token's row, leaf, key and value."""
-    table = LeafTable(len(num_leaves), DIM, LEAF_SIZE)
+    table = LeafTable(len(num_leaves), DIM, LEAF_SIZE, PAGE)
     rows, leaves = [], []
     for row, num in enumerate(num_leaves):
         first = table.add(row, num)
@@ -48,16 +52,18 @@ def test_summaries_equal_recomputed_ones() -> None:
             codes, scale = quantize_rows(mean)
             kept_codes = getattr(view, f"{name}_mean")[r, i].int()
             assert int((kept_codes - codes[0].int()).abs().max()) <= 1
-            torch.testing.assert_close(getattr(view, f"{name}_scale")[r, i], scale[0])
-        rounding = DIM * quantize_rows(key_mean)[1][0] ** 2 / 12
-        torch.testing.assert_close(view.spread[r, i], spread[0] + rounding)
+            assert float(getattr(view, f"{name}_scale")[r, i]) == float(scale[0])
+        rounding = DIM * quantize_rows(key_mean)[1][0].float() ** 2 / 12
+        torch.testing.assert_close(
+            view.spread[r, i].float(), spread[0] + rounding, rtol=2**-8, atol=0.0
+        )
 
 
 def test_tokens_at_gives_the_same_as_tokens() -> None:
     table, *_ = _filled([5, 0, 9])
-    tokens, real = table.tokens(PAGE)
+    tokens, real = table.tokens()
     leaf = torch.tensor([[4, 0], [0, 0], [8, 3]])
-    some, some_real = table.tokens_at(leaf, PAGE)
+    some, some_real = table.tokens_at(leaf)
     for row in (0, 2):
         for i in range(2):
             assert torch.equal(some_real[row, i], real[row, leaf[row, i]])
@@ -71,8 +77,9 @@ def test_tokens_at_gives_the_same_as_tokens() -> None:
 
 def test_growing_keeps_what_is_there() -> None:
     table, *_ = _filled([3])
-    names = [field.name for field in dataclasses.fields(LeafView)]
+    names = [field.name for field in dataclasses.fields(Summaries)]
     before = {name: getattr(table.view(), name).clone() for name in names}
+    places = [table.leaf(0, i) for i in range(3)]
     bytes_before = table.nbytes
     table.add(0, 500)
     after = table.view()
@@ -80,24 +87,35 @@ def test_growing_keeps_what_is_there() -> None:
     for name in names:
         assert torch.equal(before[name], getattr(after, name)[:, :3])
     assert bool((after.count[:, 3:] == 0).all())
+    assert [table.leaf(0, i) for i in range(3)] == places
     assert table.nbytes == bytes_before * 503 // 3
 
 
-def test_move_page_moves_one_rows_leaves_only() -> None:
-    table = LeafTable(2, DIM, LEAF_SIZE)
-    for row in (0, 1):
-        table.add(row, 3)
-        for leaf, page in enumerate((7, 8, 7)):
-            table.place(row, leaf, page, [leaf])
-    table.move_page(0, 7, 9)
-    assert table.pages().tolist() == [[9, 8, 9], [7, 8, 7]]
+def test_a_copied_page_moves_one_rows_tokens_only() -> None:
+    pool = PagePool(PAGE, DIM, torch.float32)
+    pages = PageTable(pool, 1)
+    pages.hold(0, pool.allocate(3), [PAGE] * 3)
+    table = LeafTable(1, DIM, LEAF_SIZE, PAGE)
+    table.add(0, 3)
+    for leaf, page in enumerate((1, 2, 1)):
+        table.place(0, leaf, page, [leaf])
+    table.reorder(torch.tensor([0, 0]))
+    pages.reorder([0, 0])
+    pages.replace(0, 1, pool.copy_page(1))
+    tokens, real = table.tokens()
+    rows = torch.tensor([[0] * 3, [1] * 3])
+    assert pages.in_pool(rows, tokens[real].view(2, 3)).tolist() == [
+        [3 * PAGE, 2 * PAGE + 1, 3 * PAGE + 2],
+        [1 * PAGE, 2 * PAGE + 1, 1 * PAGE + 2],
+    ]
+    pool.check_integrity([pages.pages(0), pages.pages(1)])
 
 
 def test_reorder_copies_rows() -> None:
     table, *_ = _filled([2, 6, 4])
     kept = table.view().key_mean[1].clone()
     table.reorder(torch.tensor([1, 1, 0]))
-    assert table.num_leaves == [6, 6, 2]
+    assert table.num.tolist() == [6, 6, 2]
     table.place(0, 0, page=999, slots=[5])
     assert table.leaf(1, 0)[0] == 100
     assert torch.equal(table.view().key_mean[1][:6], kept[:6])
@@ -106,46 +124,55 @@ def test_reorder_copies_rows() -> None:
 @pytest.mark.parametrize("how", ["empty leaf", "behind the last", "count", "slot lost"])
 def test_check_integrity_notices(how: str) -> None:
     table, *_ = _filled([3, 2])
-    arrays = table._arrays
     if how == "empty leaf":
         table.place(0, 1, 0, [])
     elif how == "behind the last":
         table.place(1, 2, 0, [1])
     elif how == "count":
-        arrays["count"][0, 0] += 1
+        table.numpy("count")[0, 0] += 1
     else:
-        arrays["slots"][0, 2, 0] = NO_SLOT
+        table.numpy("slots")[0, 2, 0] &= 0b1110
     with pytest.raises(IntegrityError):
         table.check_integrity()
 
 
-@pytest.mark.parametrize("native", NATIVE)
-def test_assign_takes_the_nearest_leaf_of_the_own_row(native: bool) -> None:
-    table, row, leaf, keys, _ = _filled([20, 0, 12])
-    view = table.view()
-    points, point_row = clustered(5, 40, DIM), torch.tensor([0] * 13 + [1] * 7 + [2] * 20)
-    nearest = assign(table, points, point_row, native)
-    for i in range(40):
-        r = int(point_row[i])
+def test_a_key_goes_to_the_nearest_leaf_of_its_own_row() -> None:
+    tree = Tree(IceCacheConfig(leaf_size=LEAF_SIZE, leaf_target=3, page_size=PAGE), 3, DIM)
+    tree.leaves, *_ = _filled([20, 0, 12])
+    tree.levels[0] = tree.leaves
+    view = tree.leaves.view()
+    points, point_row = clustered(5, 40, DIM), [0] * 13 + [1] * 7 + [2] * 20
+    for point, r in zip(points, point_row, strict=True):
+        path = find_path(tree, r, point)
+        assert len(path) == 1
         if r == 1:
-            assert int(nearest[i]) == NO_LEAF
+            assert path == [NONE]
             continue
-        num = table.num_leaves[r]
-        mean = view.key_mean[r, :num].float() * view.key_scale[r, :num, None]
-        distance = (mean - points[i]).square().sum(1)
-        assert float(distance[nearest[i]]) <= float(distance.min()) * (1 + 1e-4)
+        num = int(tree.leaves.num[r])
+        distance = (view.keys()[r, :num] - point).square().sum(1)
+        assert float(distance[path[0]]) <= float(distance.min()) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("native", NATIVE)
-def test_assign_to_an_empty_table(native: bool) -> None:
-    table = LeafTable(2, DIM, LEAF_SIZE)
-    nearest = assign(table, torch.ones(3, DIM), torch.tensor([0, 1, 1]), native)
-    assert nearest.tolist() == [NO_LEAF] * 3
+def test_an_empty_tree_has_no_nearest_leaf() -> None:
+    tree = Tree(IceCacheConfig(), 2, DIM)
+    assert find_path(tree, 1, torch.ones(DIM)) == [NONE]
 
 
-def test_cut_leaves_no_piece_larger_than_a_leaf() -> None:
-    leaf = torch.randint(3, (50,), generator=rng(6))
-    pieces = cut(clustered(7, 50, DIM), leaf, 3, LEAF_SIZE)
-    assert int(torch.bincount(pieces.ids).max()) <= LEAF_SIZE
-    assert pieces.leaf[:3].tolist() == [0, 1, 2]
-    assert torch.equal(pieces.leaf[pieces.ids], leaf)
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 128])
+def test_a_cut_halves_what_is_one_too_large(size: int) -> None:
+    upper = cut_in_two(clustered(7, size + 1, DIM), size)
+    assert upper.shape == (size + 1,) and upper.dtype == torch.bool
+    assert int(upper.sum()) == (size + 1) // 2
+
+
+def test_a_cut_parts_what_is_far_apart() -> None:
+    points = 0.1 * clustered(8, 5, DIM, centres=1)
+    far = torch.tensor([1, 3])
+    points[far] += 10.0
+    upper = cut_in_two(points, 4)
+    assert int(upper.sum()) == 2
+    assert bool(upper[far[0]] == upper[far[1]])
+
+
+def test_a_cut_of_equal_keys_goes_by_their_order() -> None:
+    assert cut_in_two(torch.ones(5, DIM), 4).tolist() == [False, False, False, True, True]
