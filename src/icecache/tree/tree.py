@@ -5,7 +5,6 @@ Level 0 holds the leaves. A row has as many further levels as it takes for its t
 always from all of them, so that nothing drifts while leaves take tokens and are cut.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,7 +151,12 @@ class Tree:
         if any(not 0 < len(each) <= self.most_children for each in children):
             raise IntegrityError(f"row {row}: a node of level {number} has too many children")
         ids = torch.tensor([node for node, each in enumerate(children) for _ in each])
-        made = self._merge(number, torch.full_like(ids, row), torch.tensor([child for each in children for child in each]), ids)
+        made = self._merge(
+            number,
+            torch.full_like(ids, row),
+            torch.tensor([child for each in children for child in each]),
+            ids,
+        )
         kept, num = level.view(), int(level.num[row])
         if kept.count[row, :num].tolist() != made[0].tolist():
             raise IntegrityError(f"row {row}: tokens of a node of level {number} are miscounted")
@@ -202,7 +206,13 @@ class Tree:
         self._summarize(level, row_of_node, node, row, child, ids)
 
     def _summarize(
-        self, level: int, row: Tensor, node: Tensor, row_of_child: Tensor, child: Tensor, ids: Tensor
+        self,
+        level: int,
+        row: Tensor,
+        node: Tensor,
+        row_of_child: Tensor,
+        child: Tensor,
+        ids: Tensor,
     ) -> None:
         """Recompute nodes, shape [n], from their children, shape [m]; ids: [m], from 0 to n."""
         above = self.levels[level]
@@ -215,7 +225,6 @@ class Tree:
         return merge_summaries(
             below.keys(), below.values(), below.spread, below.count.long(), ids, int(ids.max()) + 1
         )
-
 
 
 def estimate_bytes_per_token(config: IceCacheConfig, head_dim: int) -> float:
