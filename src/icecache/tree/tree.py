@@ -102,14 +102,14 @@ class Tree:
         chosen = torch.isin(row, torch.tensor(takes, dtype=torch.int64))
         if takes:
             self._make_nodes(1, row[chosen], leaf[chosen], parents[chosen])
-        for r in takes:
-            for level in self.levels[2:]:
+        for level in self.levels[2:]:
+            for r in takes:
                 level.clear(r)
-        level = 0
-        while level < len(self.levels):
-            if wide := [r for r in grown if self.top(r) == level and self._is_wide(level, r)]:
-                self._group(level, wide)
-            level += 1
+        number = 0
+        while number < len(self.levels):
+            if wide := [r for r in grown if self.top(r) == number and self._is_wide(number, r)]:
+                self._group(number, wide)
+            number += 1
 
     def raise_top(self, row: int) -> None:
         """Put a level above a top that grew too wide."""
@@ -201,7 +201,7 @@ class Tree:
         above.reserve(room + max(room // 4, below.capacity // self.most_children))
         firsts = [above.add(r, num) if num else 0 for r, num in enumerate(per_row)]
         numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
-        node = torch.cat([numbers[r] for r in row_of_node.unique_consecutive().tolist()])
+        node = torch.cat([numbers[r] for r in dict.fromkeys(row_of_node.tolist())])
         below.link(row, child, node[ids], above)
         self._summarize(level, row_of_node, node, row, child, ids)
 
