@@ -10,11 +10,14 @@ setup(
             "icecache.ops._native",
             sources=[
                 f"src/icecache/ops/native/{name}.c"
-                for name in ("search", "step", "insert", "group", "pack")
+                for name in ("search", "step", "path", "grow", "insert", "group", "pack")
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
-                for name in ("layer", "vector", "search", "pages", "summary", "nearest", "nearest_tile")
+                for name in (
+                    *("layer", "vector", "search", "pages", "summary", "grow"),
+                    *("nearest", "nearest_tile"),
+                )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],
             # sums may be reordered and numbers are finite, so that loops become vector code

@@ -22,7 +22,7 @@ from index_peers import Found, merge
 from index_twin import Scan, measure_quality, scan_of
 from synthetic import clustered_record
 
-from icecache import IceCacheConfig, IceCacheLayer
+from icecache import IceCacheConfig
 from icecache.errors import BackendUnavailable, HostMemoryExceeded
 
 CONFIG = IceCacheConfig(budget=128)

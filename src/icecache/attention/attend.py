@@ -18,10 +18,10 @@ from icecache.attention.select import (
     choose_pages_of_best_tokens,
 )
 from icecache.config import IceCacheConfig
+from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.store.residency import FetchPlan, Residency
 from icecache.tree.exact import ExactIndex
-from icecache.store.page_table import PageTable
 from icecache.tree.search import LeafScores, TreeIndex
 from icecache.tree.tree import Tree
 

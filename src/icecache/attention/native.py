@@ -48,13 +48,13 @@ class NativeStep(NamedTuple):
     leaves_scored: int
 
 
-def can_attend(config: IceCacheConfig, heads: int, dim: int, dtype: torch.dtype) -> bool:
+def can_attend(config: IceCacheConfig, query: Tensor, dtype: torch.dtype) -> bool:
     """Whether the compiled step does what the config asks for."""
     return (
         config.selection == "tree"
         and config.unit == "leaf"
-        and heads <= MAX_HEADS
-        and dim <= MAX_DIM
+        and query.shape[1] <= MAX_HEADS
+        and query.shape[2] <= MAX_DIM
         and dtype in DTYPES
     )
 
@@ -77,7 +77,8 @@ def search_native(
 
 
 def _most_fixed(spans: list[Span]) -> int:
-    return max(sum(lens) for lens in zip(*(span.lens for span in spans), strict=True))
+    totals: list[int] = [sum(lens) for lens in zip(*(span.lens for span in spans), strict=True)]
+    return max(totals)
 
 
 def _call(

@@ -75,9 +75,7 @@ def choose_best_tokens(scores: LeafScores, room: int) -> Choice:
     return Choice(chosen, share)
 
 
-def choose_pages_of_best_tokens(
-    scores: LeafScores, page: Tensor, num_pages: int
-) -> Choice:
+def choose_pages_of_best_tokens(scores: LeafScores, page: Tensor, num_pages: int) -> Choice:
     """Choose pages by their best token, the heads taking turns (the paper's rule).
 
     page: shape [rows, tokens], int64. Each head ranks the pages by its largest logit; the rank

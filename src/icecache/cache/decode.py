@@ -52,7 +52,7 @@ class SearchResult(NamedTuple):
 def attend_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> Attended:
     """Attend one query token per head."""
     stored = _stored(context)
-    if backend == "native" and can_attend(config, *ask.query.shape[1:], stored.pool.dtype):
+    if backend == "native" and can_attend(config, ask.query, stored.pool.dtype):
         step = attend_native(ask, context.spans(), stored, config)
         assert step.out is not None
         return Attended(step.out, step.num_attended, step.nodes_scored, step.leaves_scored)
@@ -63,7 +63,7 @@ def attend_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask
 def search_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SearchResult:
     """Search only; the twin attends on top."""
     stored = _stored(context)
-    if backend == "native" and can_attend(config, *ask.query.shape[1:], stored.pool.dtype):
+    if backend == "native" and can_attend(config, ask.query, stored.pool.dtype):
         found = search_native(ask, context.spans(), stored, config)
         assert found.positions is not None
         return SearchResult(found.positions, found.nodes_scored, found.leaves_scored)

@@ -12,8 +12,8 @@ from icecache.cache.native_insert import insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
-from icecache.ops.native import DTYPES, MAX_DIM
 from icecache.ops.dispatch import resolve_backend
+from icecache.ops.native import DTYPES, MAX_DIM
 from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool

@@ -59,7 +59,7 @@ class Placer:
             one = torch.zeros(len(piece), dtype=torch.int64)
             where = torch.tensor([row]), torch.tensor([number])
             leaves.summarize(*where, one, keys[piece], values[piece])
-        follow(self._tree, row, path, (numbers + [NONE])[1])
+        follow(self._tree, row, path, numbers[1] if len(numbers) > 1 else NONE)
 
     def _cut(self, keys: Tensor) -> list[list[int]]:
         """Return the members of the leaf, of its two halves if it is too large."""

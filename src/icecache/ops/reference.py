@@ -140,7 +140,9 @@ def attend_parts(
             if remainder_logits is not None and value_mean is not None and value_scale is not None:
                 live = remainder_logits[r, g] > -math.inf
                 logits = torch.cat([logits, remainder_logits[r, g][live]])
-                v = torch.cat([v, value_mean[r][live].float() * value_scale[r][live].float()[:, None]])
+                v = torch.cat(
+                    [v, value_mean[r][live].float() * value_scale[r][live].float()[:, None]]
+                )
             if sink_logits is not None:
                 logits = torch.cat([logits, sink_logits[r, g].float()[None]])
                 v = torch.cat([v, torch.zeros(1, v.shape[1])])

@@ -48,7 +48,9 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     return Leaves(ids, per_row, parents)
 
 
-def group_nodes(means: Tensor, row_lens: list[int], config: IceCacheConfig) -> tuple[Tensor, list[int]]:
+def group_nodes(
+    means: Tensor, row_lens: list[int], config: IceCacheConfig
+) -> tuple[Tensor, list[int]]:
     """Group leaves or nodes by their mean keys; arguments and result as `cluster.group`."""
     above = _rule(config)._replace(target=config.fan_out, largest=2 * config.fan_out, rounds=1)
     return _group(means, row_lens, above, config)

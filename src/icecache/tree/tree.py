@@ -5,7 +5,6 @@ Level 0 holds the leaves. A row has as many further levels as it takes for its t
 always from all of them, so that nothing drifts while leaves take tokens and are cut.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,14 +102,14 @@ class Tree:
         chosen = torch.isin(row, torch.tensor(takes, dtype=torch.int64))
         if takes:
             self._make_nodes(1, row[chosen], leaf[chosen], parents[chosen])
-        for r in takes:
-            for level in self.levels[2:]:
+        for level in self.levels[2:]:
+            for r in takes:
                 level.clear(r)
-        level = 0
-        while level < len(self.levels):
-            if wide := [r for r in grown if self.top(r) == level and self._is_wide(level, r)]:
-                self._group(level, wide)
-            level += 1
+        number = 0
+        while number < len(self.levels):
+            if wide := [r for r in grown if self.top(r) == number and self._is_wide(number, r)]:
+                self._group(number, wide)
+            number += 1
 
     def raise_top(self, row: int) -> None:
         """Put a level above a top that grew too wide."""
@@ -152,7 +151,12 @@ class Tree:
         if any(not 0 < len(each) <= self.most_children for each in children):
             raise IntegrityError(f"row {row}: a node of level {number} has too many children")
         ids = torch.tensor([node for node, each in enumerate(children) for _ in each])
-        made = self._merge(number, torch.full_like(ids, row), torch.tensor([child for each in children for child in each]), ids)
+        made = self._merge(
+            number,
+            torch.full_like(ids, row),
+            torch.tensor([child for each in children for child in each]),
+            ids,
+        )
         kept, num = level.view(), int(level.num[row])
         if kept.count[row, :num].tolist() != made[0].tolist():
             raise IntegrityError(f"row {row}: tokens of a node of level {number} are miscounted")
@@ -197,12 +201,18 @@ class Tree:
         above.reserve(room + max(room // 4, below.capacity // self.most_children))
         firsts = [above.add(r, num) if num else 0 for r, num in enumerate(per_row)]
         numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
-        node = torch.cat([numbers[r] for r in row_of_node.unique_consecutive().tolist()])
+        node = torch.cat([numbers[r] for r in dict.fromkeys(row_of_node.tolist())])
         below.link(row, child, node[ids], above)
         self._summarize(level, row_of_node, node, row, child, ids)
 
     def _summarize(
-        self, level: int, row: Tensor, node: Tensor, row_of_child: Tensor, child: Tensor, ids: Tensor
+        self,
+        level: int,
+        row: Tensor,
+        node: Tensor,
+        row_of_child: Tensor,
+        child: Tensor,
+        ids: Tensor,
     ) -> None:
         """Recompute nodes, shape [n], from their children, shape [m]; ids: [m], from 0 to n."""
         above = self.levels[level]
@@ -215,7 +225,6 @@ class Tree:
         return merge_summaries(
             below.keys(), below.values(), below.spread, below.count.long(), ids, int(ids.max()) + 1
         )
-
 
 
 def estimate_bytes_per_token(config: IceCacheConfig, head_dim: int) -> float:

@@ -7,7 +7,6 @@
 #include "search.h"
 
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
