@@ -16,6 +16,7 @@ from icecache.attention.attend import Fixed
 from icecache.attention.native import Span
 from icecache.cache.flat import FlatTokens
 from icecache.cache.indexed import IndexedTokens
+from icecache.cache.native_insert import TokensInPlace
 from icecache.cache.tail import Tail
 from icecache.config import IceCacheConfig
 
@@ -105,10 +106,9 @@ class Context:
         if not any(leaving):
             return 0, 0
         assert self.indexed is not None
-        tokens = self._flatten(leaving)
         # what is interrupted between here and the end is in two places or in none
         self.is_torn = True
-        inserted = self.indexed.add(tokens)
+        inserted = self._enter(self.indexed, leaving)
         self.tail.drop_oldest(leaving)
         self.is_torn = False
         if max(leaving) > 2 * _TAIL_SLACK:
@@ -202,6 +202,22 @@ class Context:
             )
             self._sink_lens[row] += num
         self.tail.drop_oldest(grow)
+
+    def _enter(self, indexed: IndexedTokens, leaving: list[int]) -> int:
+        """Move tokens into the tree; return how many joined leaves, over all rows."""
+        per_row = _repeat(leaving, self._num_kv_heads)
+        if not indexed.takes_in_place(per_row):
+            return indexed.add(self._flatten(leaving))
+        keys, values, _ = self.tail.buffers()
+        rows = np.arange(len(per_row))
+        first = np.asarray(indexed.lens) + np.repeat(self._sink_lens, self._num_kv_heads)
+        if max(leaving) > 1 or min(leaving) < 1:
+            rows, first = np.repeat(rows, per_row), np.repeat(first, per_row)
+            first += np.concatenate([np.arange(num) for num in per_row])
+        offset = self.tail.offsets_of_oldest(leaving)
+        indexed.join_in_place(TokensInPlace(keys, values, rows, offset, first))
+        indexed.lens = [have + new for have, new in zip(indexed.lens, per_row, strict=True)]
+        return sum(per_row)
 
     def _flatten(self, leaving: list[int]) -> FlatTokens:
         heads = self._num_kv_heads

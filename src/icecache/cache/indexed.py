@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icecache.cache.flat import FlatTokens
-from icecache.cache.native_insert import insert_native
+from icecache.cache.native_insert import TokensInPlace, insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
@@ -93,9 +93,21 @@ class IndexedTokens:
         self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
         return num_joining
 
+    def takes_in_place(self, per_row: list[int]) -> bool:
+        """Whether so many tokens a row (batch x KV heads) can be inserted from where they lie."""
+        return (
+            self._native
+            and max(per_row) <= _INSERT_AT_MOST
+            and all(have > 0 for have, new in zip(self.lens, per_row, strict=True) if new)
+        )
+
+    def join_in_place(self, tokens: TokensInPlace) -> None:
+        """Insert tokens by the compiled op; `lens` is the caller's concern."""
+        insert_native(tokens, self.tree, self.pool, self.pages, self._config)
+
     def _join(self, tokens: FlatTokens) -> None:
         if self._native:
-            insert_native(tokens, self.tree, self.pool, self.pages, self._config)
+            self.join_in_place(TokensInPlace.of_flat(tokens))
             return
         placer = Placer(self.tree, self.pool, self.pages)
         positions = tokens.positions.tolist()

@@ -200,7 +200,7 @@ class IceCacheLayer:
                 self._counters.sparse_steps += 1
                 self._counters.nodes_scored += step.nodes_scored
                 self._counters.leaves_scored += step.leaves_scored
-                self._counters.tokens_attended = float(step.num_attended.double().mean())
+                self._counters.tokens_attended = float(step.num_attended.numpy().mean())
                 if not bool(torch.isfinite(step.out.sum())):
                     raise InputError(
                         "attention overflowed: keys or query are too large for float32"

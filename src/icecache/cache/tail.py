@@ -3,6 +3,7 @@
 Rows are aligned at their end; row b's tokens are the last `lens[b]` of the buffer.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,20 @@ class Tail:
         """Return a batch row's oldest tokens, two of shape [num_kv_heads, num, head_dim]."""
         start = self._end - self.lens[row]
         return self._keys[row, :, start : start + num], self._values[row, :, start : start + num]
+
+    def offsets_of_oldest(self, nums: list[int]) -> np.ndarray:
+        """Return the elements of `buffers` where the rows' oldest tokens begin.
+
+        nums: tokens of each batch row. Row by row, KV head by KV head; shape
+        [num_kv_heads * sum(nums)], int64.
+        """
+        _, heads, capacity, dim = self._keys.shape
+        first = np.arange(len(nums) * heads, dtype=np.int64).reshape(-1, heads, 1) * capacity
+        first += self._end - np.asarray(self.lens)[:, None, None]
+        if min(nums) == max(nums):
+            return ((first + np.arange(nums[0])) * dim).ravel()
+        each = [(f + np.arange(num)).ravel() for f, num in zip(first, nums, strict=True)]
+        return np.concatenate(each) * dim
 
     def drop_oldest(self, nums: list[int]) -> None:
         """Drop each row's oldest tokens."""

@@ -61,6 +61,8 @@ class Level:
         self.head_dim = head_dim
         self.num = np.zeros(num_rows, dtype=np.int32)
         self._arrays = self._allocate(0)
+        arrays = self._arrays.values()
+        self.entry_bytes = sum(a.element_size() * a.shape[2:].numel() for a in arrays)
         self._native: NativeLevel | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -86,10 +88,6 @@ class Level:
         """Leaves or nodes that a row has room for."""
         return int(self._arrays["count"].shape[1])
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one leaf or node."""
-        return sum(a.element_size() * a.shape[2:].numel() for a in self._arrays.values())
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "Result",
     "Segment",
     "Shape",
+    "Tokens",
     "Tree",
     "load",
     "pointer",
@@ -89,6 +90,12 @@ class Result(ctypes.Structure):
     ]
 
 
+class Tokens(ctypes.Structure):
+    """`Tokens` of insert.c."""
+
+    _fields_ = [(name, c_void_p) for name in ("keys", "values", "row", "offset", "position")]
+
+
 class Answer(ctypes.Structure):
     """`Answer` of insert.c."""
 
@@ -135,7 +142,7 @@ def load() -> ctypes.CDLL:
         POINTER(Shape),
         POINTER(Tree),
         POINTER(Pages),
-        *(c_void_p,) * 4,
+        POINTER(Tokens),
         c_int64,
         c_int64,
         POINTER(Answer),

@@ -21,6 +21,11 @@ typedef struct {
     int32_t status, page; /* page: the one to be copied */
 } Answer;
 
+typedef struct {
+    const void *keys, *values;
+    const int64_t *row, *offset, *position; /* [tokens]; offset: element of key and value */
+} Tokens;
+
 /* A leaf that takes a token: its members, the new one last, and where they go. */
 typedef struct {
     int64_t row, leaf, top, page, num, num_pieces;
@@ -98,8 +103,8 @@ static int has_room(const Tree *t, int64_t row, int64_t top) {
 }
 
 /* Read the leaf's members and the token, cut them in two if they are too many. */
-static void read_members(const Shape *s, const Tree *t, const Pages *p, const void *keys,
-                         const void *values, int64_t index, Taking *k, Scratch *x) {
+static void read_members(const Shape *s, const Tree *t, const Pages *p, const Tokens *tokens,
+                         int64_t index, Taking *k, Scratch *x) {
     int64_t dim = s->dim, source = pool_page(p, k->row, k->page);
     int64_t old = slots_of(s, t, k->leaf, k->slot);
     for (int64_t m = 0; m < old; m++) {
@@ -107,8 +112,8 @@ static void read_members(const Shape *s, const Tree *t, const Pages *p, const vo
         to_float(p->data, key_of(s, source, k->slot[m] + s->page_size), s->dtype,
                  x->value + m * dim, dim);
     }
-    to_float(keys, index * dim, s->dtype, x->key + old * dim, dim);
-    to_float(values, index * dim, s->dtype, x->value + old * dim, dim);
+    to_float(tokens->keys, tokens->offset[index], s->dtype, x->key + old * dim, dim);
+    to_float(tokens->values, tokens->offset[index], s->dtype, x->value + old * dim, dim);
     k->num = old + 1;
     k->num_pieces = k->num > s->leaf_size ? 2 : 1;
     memset(k->upper, 0, sizeof(k->upper));
@@ -146,9 +151,8 @@ static Answer make_room(const Shape *s, Tree *t, Pages *p, Taking *k) {
 }
 
 /* Move the piece that leaves, and store the token. */
-static void store(const Shape *s, Pages *p, const void *keys, const void *values, int64_t index,
-                  int64_t position, Taking *k) {
-    int64_t old = k->num - 1, bytes = s->dim * element_size(s);
+static void store(const Shape *s, Pages *p, const Tokens *tokens, int64_t index, Taking *k) {
+    int64_t old = k->num - 1, size = element_size(s), from = tokens->offset[index] * size;
     for (int64_t m = 0; m < old; m++)
         if (k->leaving == k->upper[m]) {
             k->slot[m] = (uint8_t)move_token(s, p, pool_page(p, k->row, k->page), k->slot[m],
@@ -159,11 +163,11 @@ static void store(const Shape *s, Pages *p, const void *keys, const void *values
     int64_t home = k->leaving == k->upper[old] ? k->target : k->page;
     int64_t page = pool_page(p, k->row, home), slot = lowest_free(s, p, page);
     char *data = p->data;
-    memcpy(data + key_of(s, page, slot) * element_size(s), (const char *)keys + index * bytes,
-           (size_t)bytes);
-    memcpy(data + key_of(s, page, slot + s->page_size) * element_size(s),
-           (const char *)values + index * bytes, (size_t)bytes);
-    p->positions[page * s->page_size + slot] = (int32_t)position;
+    memcpy(data + key_of(s, page, slot) * size, (const char *)tokens->keys + from,
+           (size_t)(s->dim * size));
+    memcpy(data + key_of(s, page, slot + s->page_size) * size, (const char *)tokens->values + from,
+           (size_t)(s->dim * size));
+    p->positions[page * s->page_size + slot] = (int32_t)tokens->position[index];
     change_free(s, p, k->row, home, -1);
     k->slot[old] = (uint8_t)slot;
 }
@@ -192,10 +196,11 @@ CLONES static int32_t settle(const Shape *s, Tree *t, const Taking *k, Scratch *
     return added;
 }
 
-static Answer insert_token(const Shape *s, Tree *t, Pages *p, int64_t row, const void *keys,
-                           const void *values, int64_t index, int64_t position, Scratch *x) {
+static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens, int64_t index,
+                           Scratch *x) {
+    int64_t row = tokens->row[index];
     Taking k = {.row = row};
-    to_float(keys, index * s->dim, s->dtype, x->direction, s->dim);
+    to_float(tokens->keys, tokens->offset[index], s->dtype, x->direction, s->dim);
     k.top = icecache_find_path(s, t, row, x->direction, k.path);
     k.leaf = row * t->level[0].capacity;
     if (k.path[0] < 0) {
@@ -207,21 +212,19 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, int64_t row, const
     k.leaf += k.path[0];
     k.page = t->page[k.leaf];
     if (p->holders[pool_page(p, row, k.page)] != 1) return (Answer){NEEDS_COPY, (int32_t)k.page};
-    read_members(s, t, p, keys, values, index, &k, x);
+    read_members(s, t, p, tokens, index, &k, x);
     if (k.num_pieces == 2 && !has_room(t, row, k.top)) return (Answer){NEEDS_ROOM, 0};
     Answer lacks = make_room(s, t, p, &k);
     if (lacks.status != INSERTED) return lacks;
-    store(s, p, keys, values, index, position, &k);
+    store(s, p, tokens, index, &k);
     icecache_follow(s, t, row, k.path, k.top, settle(s, t, &k, x), x);
     return (Answer){t->level[k.top].num[row] > WIDE_TOP ? TOP_IS_WIDE : INSERTED, 0};
 }
 
 /* Insert tokens one after the other until one lacks something. Returns how far it came, or -1
  * without memory; `answer` speaks of the token it stopped at, or of the one that it put in last. */
-EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, const void *keys,
-                               const void *values, const int64_t *row_of_token,
-                               const int64_t *positions, int64_t first, int64_t num_tokens,
-                               Answer *answer) {
+EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, const Tokens *tokens,
+                               int64_t first, int64_t num_tokens, Answer *answer) {
     int64_t dim = shape->dim, all = MOST_MEMBERS * dim;
     float *memory = malloc(sizeof(float) * (size_t)(3 * all + 5 * dim));
     if (!memory) return -1;
@@ -230,7 +233,7 @@ EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, con
     *answer = (Answer){INSERTED, 0};
     int64_t i = first;
     while (i < num_tokens && answer->status == INSERTED) {
-        *answer = insert_token(shape, tree, pages, row_of_token[i], keys, values, i, positions[i], &x);
+        *answer = insert_token(shape, tree, pages, tokens, i, &x);
         i += answer->status == INSERTED || answer->status == TOP_IS_WIDE;
     }
     free(memory);

@@ -30,10 +30,18 @@ static void offer(Beam *beam, int64_t most, float distance, int32_t id, int32_t 
     beam->distance[at] = distance;
 }
 
-static float distance_to(const Level *level, int64_t at, const float *point, int64_t dim) {
-    float mean[MAX_DIM], scale = from_bfloat16(level->key_scale[at]);
+static inline void distance_of(int64_t dim, const Level *level, int64_t at, const float *point,
+                               float *distance) {
+    _Alignas(64) float mean[MAX_DIM];
+    float scale = from_bfloat16(level->key_scale[at]);
     from_int8(level->key_mean + at * dim, mean, dim);
-    return scale * (0.5f * scale * dot(mean, mean, dim) - dot(mean, point, dim));
+    *distance = scale * (0.5f * scale * dot(mean, mean, dim) - dot(mean, point, dim));
+}
+
+static inline float distance_to(const Level *level, int64_t at, const float *point, int64_t dim) {
+    float distance;
+    BY_DIM(dim, distance_of, level, at, point, &distance)
+    return distance;
 }
 
 /* Find the nearest leaf from the top down: path[level] is its ancestor, path[0] the leaf or -1. */
