@@ -65,6 +65,9 @@ class IceCacheConfig:
         longer one as far as the window.
     offload : {"auto", "none", "host"}, default "auto"
         Where pages live. On a CPU all three keep them in host memory, in place.
+    overlap : bool, default True
+        Build the trees of a prompt in threads of the cache while the model computes its next
+        layers; `IceCacheLayer` does so with an executor of the caller's.
     max_host_memory : int, optional
         Bytes that one layer's pages and index may take; by default what the machine has free.
     backend : {"auto", "native", "torch", "reference"}, default "auto"
@@ -98,6 +101,7 @@ class IceCacheConfig:
     seed: int = 0
     draft: int = 64
     offload: Literal["auto", "none", "host"] = "auto"
+    overlap: bool = True
     max_host_memory: int | None = None
     backend: Literal["auto", "native", "torch", "reference"] = "auto"
 
@@ -119,6 +123,7 @@ class IceCacheConfig:
         )
         if self.max_host_memory is not None:
             _check_integer("max_host_memory", self.max_host_memory, 1, 1 << 62)
+        _require(isinstance(self.overlap, bool), "overlap", "must be a bool", self.overlap)
         known = self.remainder is None or isinstance(self.remainder, bool)
         _require(known, "remainder", "must be a bool or None", self.remainder)
         self._check_together()

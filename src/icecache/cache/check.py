@@ -1,27 +1,30 @@
 """What a layer demands of the tensors it is given."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from icecache.errors import InputError
 
-__all__ = ["check_query", "check_rows", "check_tokens"]
+__all__ = ["Expected", "check_query", "check_rows", "check_tokens"]
+
+
+class Expected(NamedTuple):
+    """What a layer's tensors are like."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def check_tokens(
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    *,
-    batch: int | None,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    keys: Tensor, values: Tensor, mask: Tensor | None, batch: int | None, expected: Expected
 ) -> None:
     """Raise `InputError` unless keys and values may be stored."""
+    num_kv_heads, head_dim, dtype, device = expected
     for name, x in (("keys", keys), ("values", values)):
         _check_tensor(name, x)
         if x.dim() != 4:
@@ -67,14 +70,11 @@ def check_query(
     scaling: float,
     softcap: float | None,
     sink_logits: Tensor | None,
-    *,
     batch: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    expected: Expected,
 ) -> None:
     """Raise `InputError` unless the query fits the stored keys, and its settings make sense."""
+    num_kv_heads, head_dim, dtype, device = expected
     _check_tensor("query", query)
     if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim:
         raise InputError(

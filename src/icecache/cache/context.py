@@ -19,6 +19,7 @@ from icecache.cache.indexed import IndexedTokens
 from icecache.cache.native_insert import TokensInPlace
 from icecache.cache.tail import Tail
 from icecache.config import IceCacheConfig
+from icecache.errors import IntegrityError
 
 __all__ = ["Context", "Dense"]
 
@@ -84,6 +85,11 @@ class Context:
         return 0 if self.indexed is None else self.indexed.index_bytes
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of all that is held."""
+        return self.kv_bytes + self.index_bytes
+
+    @property
     def full_cache_bytes(self) -> int:
         """Bytes of the same tokens' keys and values in a full cache."""
         _, heads, _, dim = self._sink_keys.shape
@@ -97,6 +103,10 @@ class Context:
         inserted, built : int
             Tokens that entered the tree one leaf at a time, and in builds, over all rows.
         """
+        if self.is_torn:
+            raise IntegrityError(
+                "an earlier call was interrupted while it moved tokens; call reset() to start anew"
+            )
         if self.indexed is None:
             if max(self.tail.lens) <= self._config.budget:
                 return 0, 0

@@ -1,19 +1,22 @@
 """`IceCacheLayer`: the key-value cache of one attention layer."""
 
+from concurrent.futures import Executor
+
 import torch
 from torch import Tensor
 
 from icecache.attention.ask import Ask
 from icecache.attention.attend import SparseStep
-from icecache.cache.check import check_query, check_rows, check_tokens
+from icecache.cache.background import Background
+from icecache.cache.check import Expected, check_query, check_rows, check_tokens
 from icecache.cache.context import Context
 from icecache.cache.decode import SearchResult, attend_step, inspect_step, search_step
+from icecache.cache.estimate import estimate_bytes, transient_bytes
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
-from icecache.errors import ConfigError, InputError, IntegrityError
+from icecache.errors import ConfigError, InputError
 from icecache.ops.dispatch import ops_for, resolve_backend
 from icecache.store.memory import check_host_limit, check_host_memory
-from icecache.tree.tree import estimate_bytes_per_token
 
 __all__ = ["IceCacheLayer"]
 
@@ -36,6 +39,8 @@ class IceCacheLayer:
     dtype : torch.dtype
         Of keys and values.
     device : str or torch.device, default "cpu"
+    executor : concurrent.futures.Executor, optional
+        Builds trees in its threads while the caller goes on; the next use of the layer waits.
 
     Notes
     -----
@@ -57,6 +62,7 @@ class IceCacheLayer:
         head_dim: int,
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
+        executor: Executor | None = None,
     ) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -69,10 +75,17 @@ class IceCacheLayer:
         self.device = torch.device(device)
         if self.device.type != "cpu":
             raise ConfigError(f"device must be cpu in this version, got {self.device}")
+        self._expected = Expected(num_kv_heads, head_dim, dtype, self.device)
         self._backend = resolve_backend(config.backend)
-        self._context: Context | None = None
+        self._background = Background(executor)
+        self._held: Context | None = None
         self._counters = Counters()
         self._unsettled = 0
+
+    @property
+    def _context(self) -> Context | None:
+        self._background.wait()
+        return self._held
 
     @property
     def phase(self) -> Phase:
@@ -99,6 +112,8 @@ class IceCacheLayer:
     def prefill(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in the keys and values of a prompt; a later call extends the context.
 
+        With an executor the tree is built from here on, while the caller goes on.
+
         Parameters
         ----------
         keys, values : Tensor, shape [batch, num_kv_heads, tokens, head_dim]
@@ -113,6 +128,8 @@ class IceCacheLayer:
             If the tokens do not fit in the memory there is; nothing has changed then.
         """
         self.append(keys, values, mask)
+        if self._background.has_threads and self._unsettled > self.config.draft:
+            self._build(self.config.window)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
@@ -122,24 +139,18 @@ class IceCacheLayer:
         a call of 2 to `config.draft` tokens can be taken back as a whole, until the next call of
         `append` or of `attend` with one query token.
         """
-        check_tokens(
-            keys,
-            values,
-            mask,
-            batch=self.batch_size or None,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        check_tokens(keys, values, mask, self.batch_size or None, self._expected)
         if mask is not None and bool(mask.all()):
             mask = None
         batch, _, num_new, _ = keys.shape
         needed = self.estimate_bytes(batch, num_new)
-        check_host_limit(needed, self._held_bytes(), self.config.max_host_memory)
+        held = 0 if self._context is None else self._context.host_bytes
+        check_host_limit(needed, held, self.config.max_host_memory)
         # only calls of some size ask the system: the question itself takes time
         if num_new > self.config.draft:
-            check_host_memory(needed + self._transient_bytes(batch, num_new))
+            rows = batch * self.num_kv_heads
+            extra = transient_bytes(rows, num_new, self.head_dim, self.dtype)
+            check_host_memory(needed + extra)
         context = self._context
         if context is None:
             shape = (batch, self.num_kv_heads, self.head_dim)
@@ -147,7 +158,7 @@ class IceCacheLayer:
         else:
             self._settle(self.config.window)
         context.tail.append(keys, values, mask)
-        self._context, self._unsettled = context, num_new
+        self._held, self._unsettled = context, num_new
         if num_new == 1:
             self._settle(self.config.window)
 
@@ -186,7 +197,7 @@ class IceCacheLayer:
         if self._context is None or self.num_tokens == 0:
             raise InputError("attend needs tokens: call prefill or append first")
         scaling = self.head_dim**-0.5 if scaling is None else scaling
-        self._check_query(query, scaling, softcap, sink_logits)
+        check_query(query, scaling, softcap, sink_logits, self.batch_size, self._expected)
         num_queries = query.shape[2]
         if num_queries > max(1, self._unsettled):
             raise InputError(
@@ -215,7 +226,7 @@ class IceCacheLayer:
         if num_queries > 1:
             # a prompt's last tokens are no draft: keeping them would hold up the first step
             draft = self._unsettled if self._unsettled <= self.config.draft else 0
-            self._settle(self.config.window + draft)
+            self._build(self.config.window + draft)
         return out.to(query.dtype)
 
     @torch.no_grad()
@@ -287,15 +298,15 @@ class IceCacheLayer:
 
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""
-        self._context = None
+        self._background.drop()
+        self._held = None
         self._counters = Counters()
         self._unsettled = 0
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
         """Return the host bytes that so many more tokens take, pages and index."""
-        kv = 2 * self.head_dim * self.dtype.itemsize + 4
-        index = estimate_bytes_per_token(self.config, self.head_dim)
-        return int(batch * self.num_kv_heads * tokens * (1.1 * kv + index))
+        rows = batch * self.num_kv_heads
+        return estimate_bytes(self.config, rows, tokens, self.head_dim, self.dtype.itemsize)
 
     def stats(self) -> LayerStats:
         """Return what the layer holds and what it has done."""
@@ -317,46 +328,25 @@ class IceCacheLayer:
         if self._context is None or self._context.indexed is None:
             raise InputError(f"{name} needs an indexed context, the layer is {self.phase.value}")
         scaling = self.head_dim**-0.5 if scaling is None else scaling
-        self._check_query(query, scaling, softcap, sink_logits)
+        check_query(query, scaling, softcap, sink_logits, self.batch_size, self._expected)
         if query.shape[2] != 1:
             raise InputError(f"{name} takes one query token, got {query.shape[2]}")
         self._settle(self.config.window)
         return self._context, Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
 
-    def _check_query(
-        self, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
-    ) -> None:
-        check_query(
-            query,
-            scaling,
-            softcap,
-            sink_logits,
-            batch=self.batch_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    def _transient_bytes(self, batch: int, tokens: int) -> int:
-        """Return the bytes that are needed beside the pages while they are filled.
-
-        The tail and a flat copy in the model's dtype, and the keys twice in float32.
-        """
-        per_token = 2 * 2 * self.head_dim * self.dtype.itemsize + 2 * 4 * self.head_dim
-        return batch * self.num_kv_heads * tokens * per_token
-
-    def _held_bytes(self) -> int:
-        if self._context is None:
-            return 0
-        return self._context.kv_bytes + self._context.index_bytes
+    def _build(self, keep: int) -> None:
+        """Settle, in the background where there are threads and enough to do."""
+        if self._unsettled > self.config.draft:
+            context = self._context
+            self._background.run(lambda: self._settle_context(context, keep))
+        else:
+            self._settle(keep)
 
     def _settle(self, keep: int) -> None:
-        assert self._context is not None
-        if self._context.is_torn:
-            raise IntegrityError(
-                "an earlier call was interrupted while it moved tokens; call reset() to start anew"
-            )
-        inserted, built = self._context.settle(keep)
+        self._settle_context(self._context, keep)
+
+    def _settle_context(self, context: Context | None, keep: int) -> None:
+        assert context is not None
+        inserted, built = context.settle(keep)
         self._counters.inserted += inserted
         self._counters.built += built

@@ -88,7 +88,6 @@ class Level:
         """Leaves or nodes that a row has room for."""
         return int(self._arrays["count"].shape[1])
 
-
     @property
     def nbytes(self) -> int:
         """Bytes of the leaves or nodes in use."""

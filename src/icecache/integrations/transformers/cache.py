@@ -19,6 +19,7 @@ from icecache.integrations.transformers.forward import ForwardPass
 from icecache.integrations.transformers.layer import ManagedLayer
 from icecache.integrations.transformers.stats import CacheStats
 from icecache.integrations.transformers.support import SupportReport, decoder_config, supports
+from icecache.integrations.transformers.threads import Threads
 
 __all__ = ["IceCache"]
 
@@ -74,7 +75,8 @@ class IceCache(Cache):
         return cache
 
     def _open(self, config: PreTrainedConfig, settings: IceCacheConfig) -> None:
-        super().__init__(layers=_layers(decoder_config(config), settings))
+        self._threads = Threads()
+        super().__init__(layers=_layers(decoder_config(config), settings, self._threads))
         self.settings = settings
         self._forward = ForwardPass(self.layers)
         self._is_closed = False
@@ -165,8 +167,9 @@ class IceCache(Cache):
         self._forward.clear()
 
     def close(self) -> None:
-        """Free all memory; the cache cannot be used again."""
+        """Free all memory and end all threads; the cache cannot be used again."""
         self.reset()
+        self._threads.close()
         for layer in self.managed.values():
             layer.core = None
             layer.is_initialized = False
@@ -223,10 +226,10 @@ def warn_if_nothing_managed(report: SupportReport) -> None:
         )
 
 
-def _layers(config: PreTrainedConfig, settings: IceCacheConfig) -> list[Any]:
+def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads) -> list[Any]:
     kinds, arguments = get_layer_types_and_kwargs(config)
     return [
-        ManagedLayer(settings)
+        ManagedLayer(settings, threads)
         if kind == "full_attention"
         else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
         for kind, kwargs in zip(kinds, arguments)

@@ -7,6 +7,7 @@ from icecache.cache.layer import IceCacheLayer
 from icecache.cache.stats import LayerStats
 from icecache.config import IceCacheConfig
 from icecache.errors import InputError, UnsupportedModel
+from icecache.integrations.transformers.threads import Threads
 
 __all__ = ["ManagedLayer"]
 
@@ -33,15 +34,17 @@ class ManagedLayer(CacheLayerMixin):
     ----------
     settings : IceCacheConfig
         Of the `IceCacheLayer`, which is made when the first keys tell its shape.
+    threads : Threads
+        Of the cache, which build trees in the background.
     """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, settings: IceCacheConfig) -> None:
+    def __init__(self, settings: IceCacheConfig, threads: Threads) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self._threads = settings, threads
         self.core: IceCacheLayer | None = None
         self.num_columns = 0
         self.is_pending = False
@@ -59,6 +62,7 @@ class ManagedLayer(CacheLayerMixin):
             head_dim=key_states.shape[3],
             dtype=key_states.dtype,
             device=key_states.device,
+            executor=self._threads.executor() if self.settings.overlap else None,
         )
         self.is_initialized = True
 
@@ -78,10 +82,8 @@ class ManagedLayer(CacheLayerMixin):
             return
         assert self.core is not None
         self.is_pending = False
-        if self.num_columns == 0:
-            self.core.prefill(keys.detach(), values.detach(), mask)
-        else:
-            self.core.append(keys.detach(), values.detach(), mask)
+        # the build begins when these tokens have been attended, not before
+        self.core.append(keys.detach(), values.detach(), mask)
         self.num_columns += keys.shape[2]
 
     def attend(

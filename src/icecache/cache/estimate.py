@@ -1,0 +1,25 @@
+"""What tokens will take, before they are taken in."""
+
+import torch
+
+from icecache.config import IceCacheConfig
+from icecache.tree.tree import estimate_bytes_per_token
+
+__all__ = ["estimate_bytes", "transient_bytes"]
+
+
+def estimate_bytes(config: IceCacheConfig, rows: int, tokens: int, dim: int, size: int) -> int:
+    """Return the host bytes of tokens, pages and index.
+
+    rows: batch x KV heads; tokens: of each; dim: head_dim; size: bytes of one number.
+    """
+    kv = 2 * dim * size + 4
+    return int(rows * tokens * (1.1 * kv + estimate_bytes_per_token(config, dim)))
+
+
+def transient_bytes(rows: int, tokens: int, dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes that are needed beside the pages while they are filled.
+
+    The tail and a flat copy in the model's dtype, and the keys twice in float32.
+    """
+    return rows * tokens * (2 * 2 * dim * dtype.itemsize + 2 * 4 * dim)
