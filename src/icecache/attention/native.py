@@ -3,6 +3,7 @@
 import ctypes
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,13 @@ class Span(NamedTuple):
     Attributes
     ----------
     keys, values : shape [batch, num_kv_heads, capacity, head_dim], contiguous
-    start, lens : first token and number of tokens of each row (batch x KV heads)
+    start, lens : shape [rows], int32. First token and number of tokens of each row.
     """
 
     keys: Tensor
     values: Tensor
-    start: list[int]
-    lens: list[int]
+    start: np.ndarray
+    lens: np.ndarray
 
 
 class NativeStep(NamedTuple):
@@ -77,8 +78,8 @@ def search_native(
 
 
 def _most_fixed(spans: list[Span]) -> int:
-    totals: list[int] = [sum(lens) for lens in zip(*(span.lens for span in spans), strict=True)]
-    return max(totals)
+    total: np.ndarray = sum((span.lens for span in spans[1:]), spans[0].lens)
+    return int(total.max())
 
 
 def _call(
@@ -106,15 +107,14 @@ def _call(
         softcap=ask.softcap or 0.0,
         spread_weight=config.spread_weight,
     )
-    edges = torch.tensor([part for s in spans for part in (s.start, s.lens)], dtype=torch.int32)
     segments = (Segment * len(spans))()
     for i, span in enumerate(spans):
         segments[i] = Segment(
             keys=pointer(span.keys),
             values=pointer(span.values),
             row_stride=span.keys.shape[2] * dim,
-            start=pointer(edges[2 * i]),
-            len=pointer(edges[2 * i + 1]),
+            start=span.start.ctypes.data,
+            len=span.lens.ctypes.data,
         )
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)

@@ -125,7 +125,7 @@ def _check_tensor(name: str, x: object) -> None:
 
 def _check_finite(name: str, x: Tensor) -> None:
     # a sum is finite only if all its parts are, and costs one pass
-    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+    if not math.isfinite(float(x.sum(dtype=torch.float64))):
         raise InputError(f"{name} must be finite, got NaN or infinity")
 
 

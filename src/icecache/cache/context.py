@@ -129,10 +129,13 @@ class Context:
         """Return sink and window where they lie; the same tokens as `fixed`."""
         heads = self._num_kv_heads
         keys, values, start = self.tail.buffers()
-        sink_start = [0] * (self.batch_size * heads)
+        sink, latest, first = (
+            np.array(_repeat(each, heads), dtype=np.int32)
+            for each in (self._sink_lens, self.tail.lens, start)
+        )
         return [
-            Span(self._sink_keys, self._sink_values, sink_start, _repeat(self._sink_lens, heads)),
-            Span(keys, values, _repeat(start, heads), _repeat(self.tail.lens, heads)),
+            Span(self._sink_keys, self._sink_values, np.zeros_like(sink), sink),
+            Span(keys, values, first, latest),
         ]
 
     def fixed(self) -> Fixed:

@@ -1,5 +1,6 @@
 """`IceCacheLayer`: the key-value cache of one attention layer."""
 
+import math
 from concurrent.futures import Executor
 
 import torch
@@ -212,7 +213,7 @@ class IceCacheLayer:
                 self._counters.nodes_scored += step.nodes_scored
                 self._counters.leaves_scored += step.leaves_scored
                 self._counters.tokens_attended = float(step.num_attended.numpy().mean())
-                if not bool(torch.isfinite(step.out.sum())):
+                if not math.isfinite(float(step.out.sum())):
                     raise InputError(
                         "attention overflowed: keys or query are too large for float32"
                     )

@@ -12,6 +12,8 @@
 
 #include "vector.h"
 
+#define SAMPLED 128
+
 static int better(Candidate a, Candidate b) {
     return a.worth > b.worth || (a.worth == b.worth && a.id < b.id);
 }
@@ -52,11 +54,11 @@ static void sift_down(Candidate *heap, int64_t num, int64_t at) {
 /* Dot products of `block` entries with all heads; a few at a time keep the adders busy. */
 static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
                              const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
-    _Alignas(64) float mean[4][MAX_DIM];
-    for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean[k], dim);
+    _Alignas(64) float mean[4 * MAX_DIM];
+    for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
     for (int64_t g = 0; g < heads; g++)
         for (int64_t k = 0; k < block; k++)
-            out[g * stride + k] = dot(query + g * dim, mean[k], dim);
+            out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
 }
 
 static inline void dot_entries(int64_t dim, const Level *level, int64_t row, const float *query,
@@ -75,6 +77,17 @@ static inline void dot_entries(int64_t dim, const Level *level, int64_t row, con
     dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
 }
 
+/* What stands beside the means, of all leaves of a row: vector code, unlike the general loop. */
+static inline void read_all_leaves(const Level *leaves, int64_t first, int64_t num, float scaling,
+                                   const float *log_of, Found *f, int64_t from) {
+    const uint16_t *scale = leaves->key_scale + first, *spread = leaves->spread + first;
+    const uint8_t *count = (const uint8_t *)leaves->count + first;
+    for (int64_t i = 0; i < num; i++) f->scale[from + i] = scaling * from_bfloat16(scale[i]);
+    for (int64_t i = 0; i < num; i++) f->spread[from + i] = from_bfloat16(spread[i]);
+    for (int64_t i = 0; i < num; i++) f->count[from + i] = (float)count[i];
+    for (int64_t i = 0; i < num; i++) f->log_count[from + i] = log_of[count[i]];
+}
+
 /* Logits and corrections of entries `from` on, whose ids are given. */
 CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t row,
                          const float *query, const float *log_of, int64_t from, int64_t num,
@@ -85,12 +98,16 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     int32_t *id = f->id + from;
     memset(f->level + from, (int)level, (size_t)num);
     BY_DIM(s->dim, dot_entries, of, row, query, s->heads, id, num, f->logits + from, f->stride)
-    for (int64_t i = 0; i < num; i++) {
-        int64_t at = first + id[i], count = count_of(of, level, at);
-        f->count[from + i] = (float)count;
-        f->scale[from + i] = s->scaling * from_bfloat16(of->key_scale[at]);
-        f->spread[from + i] = from_bfloat16(of->spread[at]);
-        f->log_count[from + i] = count < 256 ? log_of[count] : logf((float)count);
+    if (level == 0 && num == of->num[row]) {
+        read_all_leaves(of, first, num, s->scaling, log_of, f, from);
+    } else {
+        for (int64_t i = 0; i < num; i++) {
+            int64_t at = first + id[i], count = count_of(of, level, at);
+            f->count[from + i] = (float)count;
+            f->scale[from + i] = s->scaling * from_bfloat16(of->key_scale[at]);
+            f->spread[from + i] = from_bfloat16(of->spread[at]);
+            f->log_count[from + i] = count < 256 ? log_of[count] : logf((float)count);
+        }
     }
     const float *scale = f->scale + from, *spread = f->spread + from, *more = f->log_count + from;
     for (int64_t g = 0; g < s->heads; g++) {
@@ -197,19 +214,16 @@ static int64_t expand(const Shape *s, const Tree *t, int64_t level, int64_t row,
     return children;
 }
 
-/* Of the `room` best leaves by worth a token, whatever still fits. */
-static void choose(const Shape *s, Found *f, int64_t num) {
+/* Take leaves from the best down, of the `room` best whatever still fits; returns whether `num`
+ * candidates were enough to know. */
+static int take_best(const Shape *s, Found *f, int64_t num, int64_t of_all) {
     const float *count = f->count + f->num_far;
-    uint8_t *chosen = f->chosen + f->num_far;
-    memset(chosen, 0, (size_t)num);
-    f->selected = 0;
-    if (s->room <= 0 || num == 0) return;
-    weigh(s, f, f->num_far, num);
     Candidate *heap = f->candidates;
-    for (int64_t i = 0; i < num; i++)
-        heap[i] = (Candidate){f->worth[i] / count[i], f->id[f->num_far + i], (int32_t)i};
+    uint8_t *chosen = f->chosen + f->num_far;
+    int64_t most = s->room < of_all ? s->room : of_all, taken = 0;
+    f->selected = 0;
     for (int64_t at = num / 2 - 1; at >= 0; at--) sift_down(heap, num, at);
-    for (int64_t best = 0; best < s->room && num > 0 && f->selected < s->room; best++) {
+    for (; taken < most && num > 0 && f->selected < s->room; taken++) {
         int64_t i = heap[0].entry, size = (int64_t)count[i];
         if (f->selected + size <= s->room) {
             chosen[i] = 1;
@@ -218,6 +232,38 @@ static void choose(const Shape *s, Found *f, int64_t num) {
         heap[0] = heap[--num];
         sift_down(heap, num, 0);
     }
+    return taken == most || f->selected == s->room;
+}
+
+/* Candidates worth at least `least`; returns their number. */
+static int64_t collect(Found *f, int64_t num, int64_t stride, float least) {
+    const float *count = f->count + f->num_far;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < num; i += stride) {
+        f->candidates[kept] = (Candidate){f->worth[i] / count[i], f->id[f->num_far + i], (int32_t)i};
+        kept += f->candidates[kept].worth >= least;
+    }
+    return kept;
+}
+
+/* Choose leaves by worth a token. Few of many are taken, so most are never put in order: a sample
+ * says what the better ones are worth. */
+static void choose(const Shape *s, Found *f, int64_t num) {
+    memset(f->chosen + f->num_far, 0, (size_t)num);
+    f->selected = 0;
+    if (s->room <= 0 || num == 0) return;
+    weigh(s, f, f->num_far, num);
+    int64_t wanted = s->room * SAMPLED / (2 * num);
+    if (num >= 8 * SAMPLED && wanted < SAMPLED / 2) {
+        int64_t sampled = collect(f, num, num / SAMPLED, -1.0f);
+        select_best(f->candidates, sampled, wanted + 8);
+        float least = f->candidates[0].worth;
+        for (int64_t i = 1; i < wanted + 8; i++)
+            least = least < f->candidates[i].worth ? least : f->candidates[i].worth;
+        if (take_best(s, f, collect(f, num, 1, least), num)) return;
+        memset(f->chosen + f->num_far, 0, (size_t)num);
+    }
+    take_best(s, f, collect(f, num, 1, -1.0f), num);
 }
 
 static int64_t top_level(const Tree *t, int64_t row) {
