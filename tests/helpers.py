@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
 from icecache.ops.dispatch import resolve_backend
+from tests.descent import estimate, slow_descent
 
 # small enough that a few dozen tokens reach every path
 SMALL = {
@@ -236,25 +237,42 @@ def slow_sparse(
     batch, heads, _, dim = query.shape
     group = heads // layer.num_kv_heads
     out = torch.empty(batch, heads, 1, dim)
-    for b in range(batch):
+    for row, chosen in enumerate(selected):
+        b, kv_head = row // layer.num_kv_heads, row % layer.num_kv_heads
+        own = slice(kv_head * group, (kv_head + 1) * group)
         fixed = fixed_positions(layer, b, rows.lens[b])
-        for h in range(heads):
-            kv_head, q = h // group, query[b, h, 0].float()
-            row = b * layer.num_kv_heads + kv_head
-            at = torch.tensor(fixed + selected[row].positions)
-            logits = scaling * (rows.keys[b][kv_head, at].float() @ q)
-            values = rows.values[b][kv_head, at].float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            if layer.config.estimates_remainder:
-                far = [_estimate(layer, row, i, q, scaling, softcap) for i in selected[row].rest]
-                logits = torch.cat([logits, *(logit for logit, _ in far)])
-                values = torch.cat([values, *(mean[None] for _, mean in far)])
-            if sink_logits is not None:
-                logits = torch.cat([logits, sink_logits[h].float()[None]])
-                values = torch.cat([values, torch.zeros(1, dim)])
-            out[b, h, 0] = torch.softmax(logits, 0) @ values
+        ask = query[b, own, 0].float(), scaling, softcap
+        sinks = None if sink_logits is None else sink_logits[own].float()
+        rest: list[tuple[int, int]] = []
+        if layer.config.estimates_remainder:
+            beside = _logits(rows.keys[b][kv_head, fixed], *ask, sinks).logsumexp(1)
+            tree = layer._context.indexed.tree
+            found = slow_descent(tree, layer.config, row, ask[0], beside, scaling, softcap)
+            near = set(found.near)
+            rest = [(0, leaf) for leaf in chosen.rest if leaf in near] + found.far
+        at = torch.tensor(fixed + chosen.positions)
+        logits = _logits(rows.keys[b][kv_head, at], *ask, sinks)
+        values = rows.values[b][kv_head, at].float()
+        if sinks is not None:
+            values = torch.cat([values, torch.zeros(1, dim)])
+        more, means = _estimates(layer, row, rest, *ask)
+        share = torch.softmax(torch.cat([logits, more], 1), 1)
+        out[b, own, 0] = share @ torch.cat([values, means])
     return out
+
+
+def fixed_log_sum_exp(
+    layer: IceCacheLayer, rows: PlainRows, query: Tensor, scaling: float
+) -> Tensor:
+    """Return what sink and window weigh for every head, shape [batch x KV heads, group]."""
+    group = query.shape[1] // layer.num_kv_heads
+    found = []
+    for b in range(query.shape[0]):
+        fixed = fixed_positions(layer, b, rows.lens[b])
+        for kv_head, own in enumerate(query[b, :, 0].float().split(group)):
+            logits = _logits(rows.keys[b][kv_head, fixed], own, scaling, None, None)
+            found.append(logits.logsumexp(1))
+    return torch.stack(found)
 
 
 def fixed_positions(layer: IceCacheLayer, row: int, length: int) -> list[int]:
@@ -264,20 +282,36 @@ def fixed_positions(layer: IceCacheLayer, row: int, length: int) -> list[int]:
     return list(range(sink)) + list(range(length - in_window, length))
 
 
-def _estimate(
-    layer: IceCacheLayer, row: int, leaf: int, q: Tensor, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return a leaf's logit, shape [1], and mean value."""
-    view = layer._context.indexed.leaves.view()
-    logit = scaling * (view.key_mean[row, leaf].float() * view.key_scale[row, leaf].float()) @ q
-    correction = 0.5 * scaling**2 * (q @ q) * view.spread[row, leaf].float() / q.shape[0]
+def _logits(
+    keys: Tensor, queries: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return logits of tokens and of learned sinks, shape [heads, tokens (+ 1)]."""
+    logits = scaling * (queries @ keys.float().T)
     if softcap is not None:
-        slope = 1 - torch.tanh(logit / softcap) ** 2
-        logit, correction = softcap * torch.tanh(logit / softcap), correction * slope**2
-    logit = logit + math.log(int(view.count[row, leaf]))
-    logit = logit + layer.config.spread_weight * correction.clamp(max=2.0)
-    mean = view.value_mean[row, leaf].float() * view.value_scale[row, leaf].float()
-    return logit[None], mean
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if sinks is None else torch.cat([logits, sinks[:, None]], 1)
+
+
+def _estimates(
+    layer: IceCacheLayer,
+    row: int,
+    rest: list[tuple[int, int]],
+    queries: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return logits of leaves and nodes, shape [heads, n], and mean values, shape [n, dim]."""
+    logits, means = (
+        [queries.new_zeros(queries.shape[0], 0)],
+        [queries.new_zeros(0, queries.shape[1])],
+    )
+    for number in sorted({number for number, _ in rest}):
+        level = layer._context.indexed.tree.levels[number]
+        ids = [i for of, i in rest if of == number]
+        parts = [estimate(level, number, row, ids, q, scaling, softcap) for q in queries]
+        logits.append(torch.stack([a + layer.config.spread_weight * c for a, c in parts]))
+        means.append(level.at(row, torch.tensor(ids)).values())
+    return torch.cat(logits, 1), torch.cat(means)
 
 
 def poison(layer: IceCacheLayer) -> None:

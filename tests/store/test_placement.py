@@ -163,3 +163,15 @@ def test_repeated_rows_share_their_pages_until_one_writes() -> None:
     assert table.pages(1)[1] == shared != table.pages(0)[1]
     pool.check_integrity([table.pages(0), table.pages(1)])
     assert pool.num_pages == 4
+
+
+def test_a_pool_that_grew_where_it_was_is_noticed() -> None:
+    """Memory that was given back may come again: the first address alone says nothing."""
+    pool = PagePool(4, 8, torch.float32)
+    table = PageTable(pool, 1)
+    table.hold(0, pool.allocate(2), [4, 4])
+    assert table.native() is table.native()
+    pool._positions = pool._positions.copy()
+    assert table.native().positions == pool.positions_address
+    pool._holders = pool._holders.copy()
+    assert table.native().holders == pool.holders_address

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icecache.errors import IntegrityError
 from icecache.ops.native import Pages
 from icecache.store.pool import PagePool
 
@@ -40,22 +41,21 @@ class PageTable:
         self._after = np.zeros((num_rows, 0), dtype=np.int32)
         self._head = np.full((num_rows, pool.page_size + 1), _NONE, dtype=np.int32)
         self._native: Pages | None = None
+        self._native_pool = (0, 0, 0)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_native": None}
 
     def native(self) -> Pages:
         """Return the addresses of pool and table for the compiled ops, valid until they grow."""
-        if self._native is None or self._native.data != self._pool.address:
+        pool = (self._pool.address, self._pool.positions_address, self._pool.holders_address)
+        # a pool that grew twice may lie where it was, and its positions elsewhere
+        if self._native is None or self._native_pool != pool:
             arrays = (self.num_pages, self.page_of, self.free)
             lists = (self._before, self._after, self._head)
-            self._native = Pages(
-                self._pool.address,
-                self._pool.positions_address,
-                self._pool.holders_address,
-                *(array.ctypes.data for array in (*arrays, *lists)),
-                self.page_of.shape[1],
-            )
+            addresses = (array.ctypes.data for array in (*arrays, *lists))
+            self._native = Pages(*pool, *addresses, self.page_of.shape[1])
+            self._native_pool = pool
         return self._native
 
     @property
@@ -138,6 +138,26 @@ class PageTable:
         for name in ("num_pages", "page_of", "free", "_before", "_after", "_head"):
             setattr(self, name, getattr(self, name)[rows])
         self._native = None
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless the lists hold each page once, by its free slots."""
+        for row, num in enumerate(self.num_pages.tolist()):
+            for page, slots in enumerate(self.free[row, :num].tolist()):
+                if slots != len(self._pool.free_slots(int(self.page_of[row, page]))):
+                    raise IntegrityError(f"row {row}: free slots of page {page} are miscounted")
+            listed: list[int] = []
+            for slots, page in enumerate(self._head[row].tolist()):
+                before = _NONE
+                while page != _NONE:
+                    is_new = 0 <= page < num and len(listed) < num
+                    if not is_new or self.free[row, page] != slots:
+                        raise IntegrityError(f"row {row}: page {page} is in a wrong list")
+                    if self._before[row, page] != before:
+                        raise IntegrityError(f"row {row}: page {page} names a wrong neighbour")
+                    listed.append(page)
+                    before, page = page, int(self._after[row, page])
+            if len(listed) != num:
+                raise IntegrityError(f"row {row}: a page is in no list")
 
     def _link(self, row: int, pages: np.ndarray, slots: int) -> None:
         """Put pages at the head of a list, one before the other."""

@@ -5,6 +5,7 @@ Level 0 holds the leaves. A row has as many further levels as it takes for its t
 always from all of them, so that nothing drifts while leaves take tokens and are cut.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from icecache.ops.batched import merge_summaries
 from icecache.ops.native import MOST_LEVELS, pointer
 from icecache.ops.native import Tree as NativeTree
 from icecache.tree.build import group_nodes
-from icecache.tree.level import Level
+from icecache.tree.level import NONE, Level
 from icecache.tree.table import LeafTable
 
 __all__ = ["GROWN_TOP", "WIDEST_TOP", "Tree", "estimate_bytes_per_token"]
@@ -144,9 +145,16 @@ class Tree:
 
     def _check_level(self, number: int, row: int) -> None:
         level, below = self.levels[number], self.levels[number - 1]
+        num_below = int(below.num[row])
+        named = np.concatenate(
+            [level.numpy("first")[row, : level.num[row]], below.numpy("next")[row, :num_below]]
+        )
+        # lists without a child that is named twice come to an end
+        if not np.array_equal(np.sort(named[named != NONE]), np.arange(num_below)):
+            raise IntegrityError(f"row {row}: level {number} does not hold each child once")
         children = [level.children(row, n, below) for n in range(int(level.num[row]))]
         found = sorted(child for each in children for child in each)
-        if found != list(range(int(below.num[row]))):
+        if found != list(range(num_below)):
             raise IntegrityError(f"row {row}: level {number} does not hold each child once")
         if any(not 0 < len(each) <= self.most_children for each in children):
             raise IntegrityError(f"row {row}: a node of level {number} has too many children")
