@@ -13,7 +13,15 @@ from icecache.config import IceCacheConfig
 from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import DTYPES, MAX_DIM, MAX_HEADS, Result, Segment, Shape, load, pointer
 
-__all__ = ["NativeStep", "Span", "attend_native", "can_attend", "search_native"]
+__all__ = [
+    "NativeStep",
+    "Span",
+    "attend_native",
+    "attend_spans",
+    "can_attend",
+    "can_attend_spans",
+    "search_native",
+]
 
 
 class Span(NamedTuple):
@@ -51,13 +59,13 @@ class NativeStep(NamedTuple):
 
 def can_attend(config: IceCacheConfig, query: Tensor, dtype: torch.dtype) -> bool:
     """Whether the compiled step does what the config asks for."""
-    return (
-        config.selection == "tree"
-        and config.unit == "leaf"
-        and query.shape[1] <= MAX_HEADS
-        and query.shape[2] <= MAX_DIM
-        and dtype in DTYPES
-    )
+    plain = config.selection == "tree" and config.unit == "leaf"
+    return plain and can_attend_spans(query, dtype)
+
+
+def can_attend_spans(query: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the compiled step takes such a query, shape [rows, heads, head_dim]."""
+    return query.shape[1] <= MAX_HEADS and query.shape[2] <= MAX_DIM and dtype in DTYPES
 
 
 def attend_native(
@@ -66,6 +74,13 @@ def attend_native(
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out = torch.empty_like(ask.query)
     return _call(ask, spans, stored, config, out, None)
+
+
+def attend_spans(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
+    """Attend to spans alone, exactly; shape of the query."""
+    out = torch.empty_like(ask.query)
+    _call(ask, spans, None, config, out, None)
+    return out
 
 
 def search_native(
@@ -85,7 +100,7 @@ def _most_fixed(spans: list[Span]) -> int:
 def _call(
     ask: Ask,
     spans: list[Span],
-    stored: Stored,
+    stored: Stored | None,
     config: IceCacheConfig,
     out: Tensor | None,
     positions: Tensor | None,
@@ -97,11 +112,11 @@ def _call(
         dim=dim,
         leaf_size=config.leaf_size,
         page_size=config.page_size,
-        room=config.budget - _most_fixed(spans),
-        most_children=stored.tree.most_children,
+        room=0 if stored is None else config.budget - _most_fixed(spans),
+        most_children=2 * config.fan_out,
         crossover=config.crossover,
         field_of_view=config.field_of_view,
-        dtype=DTYPES[stored.pool.dtype],
+        dtype=DTYPES[spans[0].keys.dtype],
         remainder=config.estimates_remainder,
         scaling=ask.scaling,
         softcap=ask.softcap or 0.0,
@@ -121,8 +136,8 @@ def _call(
     result = Result(pointer(out), pointer(num_attended), pointer(positions))
     failed = load().icecache_sparse_step(
         ctypes.byref(shape),
-        ctypes.byref(stored.tree.native()),
-        ctypes.byref(stored.pages.native()),
+        None if stored is None else ctypes.byref(stored.tree.native()),
+        None if stored is None else ctypes.byref(stored.pages.native()),
         segments,
         len(spans),
         pointer(ask.query),
@@ -130,5 +145,6 @@ def _call(
         ctypes.byref(result),
     )
     if failed:
-        raise HostMemoryExceeded(stored.tree.leaves.longest * heads * 16, 0)
+        longest = _most_fixed(spans) if stored is None else stored.tree.leaves.longest
+        raise HostMemoryExceeded(longest * heads * 16, 0)
     return NativeStep(out, num_attended, positions, result.nodes_scored, result.leaves_scored)

@@ -138,6 +138,15 @@ class Context:
             Span(keys, values, first, latest),
         ]
 
+    def whole(self) -> list[Span]:
+        """Return all tokens where they lie; only before there is an index."""
+        keys, values, start = self.tail.buffers()
+        first, lens = (
+            np.array(_repeat(each, self._num_kv_heads), dtype=np.int32)
+            for each in (start, self.tail.lens)
+        )
+        return [Span(keys, values, first, lens)]
+
     def fixed(self) -> Fixed:
         """Return sink and window, one row per KV head."""
         keys, values = self.tail.keys_values()

@@ -1,5 +1,6 @@
 """One sparse step of a layer: compiled where it can be, its twin elsewhere."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,29 +8,20 @@ from torch import Tensor
 
 from icecache.attention.ask import Ask
 from icecache.attention.attend import SparseStep, Stored, attend_sparse
-from icecache.attention.native import attend_native, can_attend, search_native
+from icecache.attention.native import (
+    attend_native,
+    attend_spans,
+    can_attend,
+    can_attend_spans,
+    search_native,
+)
 from icecache.cache.context import Context
+from icecache.cache.stats import Counters
 from icecache.config import IceCacheConfig
+from icecache.errors import InputError
 from icecache.ops.dispatch import ops_for
 
-__all__ = ["Attended", "SearchResult", "attend_step", "inspect_step", "search_step"]
-
-
-class Attended(NamedTuple):
-    """What a step gives.
-
-    Attributes
-    ----------
-    out : shape [rows, heads, head_dim], float32
-    num_attended : shape [rows]. Tokens attended exactly.
-    nodes_scored, leaves_scored : nodes, and leaves (or tokens, without summaries), scored over
-        all rows.
-    """
-
-    out: Tensor
-    num_attended: Tensor
-    nodes_scored: int
-    leaves_scored: int
+__all__ = ["SearchResult", "attend_one", "inspect_step", "search_step"]
 
 
 class SearchResult(NamedTuple):
@@ -49,15 +41,37 @@ class SearchResult(NamedTuple):
     leaves_scored: int
 
 
-def attend_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> Attended:
-    """Attend one query token per head."""
+def attend_one(
+    context: Context, config: IceCacheConfig, backend: str, ask: Ask, counters: Counters
+) -> Tensor | None:
+    """Attend one query token per head: shape [rows, heads, head_dim], float32.
+
+    None of a context without an index where the compiled step cannot attend to all of it.
+    """
+    if context.indexed is None:
+        if backend != "native" or not can_attend_spans(ask.query, context.tail.dtype):
+            return None
+        out = attend_spans(ask, context.whole(), config)
+        counters.count_dense(max(context.row_lens))
+    else:
+        out = _attend_sparse(context, config, backend, ask, counters)
+    if not math.isfinite(float(out.sum())):
+        raise InputError("attention overflowed: keys or query are too large for float32")
+    return out
+
+
+def _attend_sparse(
+    context: Context, config: IceCacheConfig, backend: str, ask: Ask, counters: Counters
+) -> Tensor:
     stored = _stored(context)
     if backend == "native" and can_attend(config, ask.query, stored.pool.dtype):
         step = attend_native(ask, context.spans(), stored, config)
+        counters.count_sparse(step.nodes_scored, step.leaves_scored, step.num_attended)
         assert step.out is not None
-        return Attended(step.out, step.num_attended, step.nodes_scored, step.leaves_scored)
+        return step.out
     twin = inspect_step(context, config, backend, ask)
-    return Attended(twin.out, twin.num_attended, twin.nodes_scored, twin.leaves_scored)
+    counters.count_sparse(twin.nodes_scored, twin.leaves_scored, twin.num_attended)
+    return twin.out
 
 
 def search_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SearchResult:

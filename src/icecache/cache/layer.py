@@ -1,6 +1,5 @@
 """`IceCacheLayer`: the key-value cache of one attention layer."""
 
-import math
 from concurrent.futures import Executor
 
 import torch
@@ -11,7 +10,7 @@ from icecache.attention.attend import SparseStep
 from icecache.cache.background import Background
 from icecache.cache.check import Expected, check_query, check_rows, check_tokens
 from icecache.cache.context import Context
-from icecache.cache.decode import SearchResult, attend_step, inspect_step, search_step
+from icecache.cache.decode import SearchResult, attend_one, inspect_step, search_step
 from icecache.cache.estimate import estimate_bytes, transient_bytes
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
@@ -206,21 +205,12 @@ class IceCacheLayer:
             )
         if num_queries == 1:
             self._settle(self.config.window)
-            if self._context.indexed is not None:
-                ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
-                step = attend_step(self._context, self.config, self._backend, ask)
-                self._counters.sparse_steps += 1
-                self._counters.nodes_scored += step.nodes_scored
-                self._counters.leaves_scored += step.leaves_scored
-                self._counters.tokens_attended = float(step.num_attended.numpy().mean())
-                if not math.isfinite(float(step.out.sum())):
-                    raise InputError(
-                        "attention overflowed: keys or query are too large for float32"
-                    )
-                return step.out.view(query.shape).to(query.dtype)
-        self._counters.dense_steps += 1
+            ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
+            one = attend_one(self._context, self.config, self._backend, ask, self._counters)
+            if one is not None:
+                return one.view(query.shape).to(query.dtype)
+        self._counters.count_dense(self.num_tokens)
         dense = self._context.dense()
-        self._counters.tokens_attended = float(self.num_tokens)
         out: Tensor = ops_for(self._backend).attend_dense(
             query, *dense, scaling, softcap, sink_logits
         )

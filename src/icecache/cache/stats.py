@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 from icecache.cache.context import Context
 
 __all__ = ["Counters", "LayerStats", "Phase", "layer_stats"]
@@ -83,6 +85,18 @@ class Counters:
     nodes_scored: int = 0
     leaves_scored: int = 0
     tokens_attended: float = 0.0
+
+    def count_dense(self, tokens: int) -> None:
+        """Count a call that attended to everything."""
+        self.dense_steps += 1
+        self.tokens_attended = float(tokens)
+
+    def count_sparse(self, nodes: int, leaves: int, num_attended: Tensor) -> None:
+        """Count a call that selected; num_attended: shape [rows]."""
+        self.sparse_steps += 1
+        self.nodes_scored += nodes
+        self.leaves_scored += leaves
+        self.tokens_attended = float(num_attended.numpy().mean())
 
 
 def layer_stats(

@@ -31,6 +31,11 @@ class Tail:
         self._values = torch.empty_like(self._keys)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Data type of keys and values."""
+        return self._keys.dtype
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(self.lens)

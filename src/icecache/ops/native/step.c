@@ -164,12 +164,14 @@ CLONES static void attend(const Shape *s, const Tree *t, const Pages *p, const S
         BY_DIM(s->dim, attend_tokens, s, seg->values, 0, first, len, e->logits + at, e->stride, out)
         at += len;
     }
-    BY_DIM(s->dim, attend_tokens, s, p->data, e->token, 0, e->num - at, e->logits + at, e->stride,
-           out)
+    if (e->num > at)
+        BY_DIM(s->dim, attend_tokens, s, p->data, e->token, 0, e->num - at, e->logits + at,
+               e->stride, out)
     if (s->remainder) BY_DIM(s->dim, attend_entries, s, t, row, f, out)
 }
 
-/* Attend one query token per head. Returns 0, or -1 when there is no memory for scratch. */
+/* Attend one query token per head; without a tree, to the segments alone. Returns 0, or -1 when
+ * there is no memory for scratch. */
 EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
                                 const Segment *segments, int64_t num_segments, const float *query,
                                 const float *sink_logits, Result *result) {
@@ -179,12 +181,12 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
         for (int64_t i = 0; i < num_segments; i++) fixed += segments[i].len[row];
         most_fixed = fixed > most_fixed ? fixed : most_fixed;
     }
-    int64_t stride = icecache_most_entries(s, tree), found_bytes = icecache_found_bytes(stride, s->heads);
+    int64_t stride = tree ? icecache_most_entries(s, tree) : 1, found_bytes = icecache_found_bytes(stride, s->heads);
     Exact e = {.stride = most_fixed + room};
     char *scratch = malloc((size_t)(found_bytes + room * (int64_t)sizeof(int64_t) +
                                     s->heads * (e.stride + 1) * (int64_t)sizeof(float)));
     if (!scratch) return -1;
-    Found f;
+    Found f = {0};
     icecache_lay_out(&f, scratch, stride, s->heads);
     e.token = (int64_t *)(scratch + found_bytes);
     e.logits = (float *)(e.token + room);
@@ -196,14 +198,16 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
         const float *q = query + row * per_row;
         const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
         score_fixed(s, segments, num_segments, q, sinks, row, &e);
-        icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
-        gather(s, tree, pages, row, &f, &e,
-               result->positions ? result->positions + row * room : 0);
-        result->nodes_scored += f.nodes_scored;
-        result->leaves_scored += f.num - f.num_far;
+        if (tree) {
+            icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
+            gather(s, tree, pages, row, &f, &e,
+                   result->positions ? result->positions + row * room : 0);
+            result->nodes_scored += f.nodes_scored;
+            result->leaves_scored += f.num - f.num_far;
+        }
         if (result->num_attended) result->num_attended[row] = (int32_t)e.num;
         if (!result->out) continue;
-        score_selected(s, pages, q, &e);
+        if (e.num > e.num_fixed) score_selected(s, pages, q, &e);
         normalise(s, tree, row, sinks, &e, &f);
         attend(s, tree, pages, segments, num_segments, row, &e, &f, result->out + row * per_row);
     }
