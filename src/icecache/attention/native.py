@@ -99,7 +99,7 @@ def _call(
         page_size=config.page_size,
         room=config.budget - _most_fixed(spans),
         most_children=stored.tree.most_children,
-        crossover=config.crossover,
+        crossover=config.most_flat_leaves,
         field_of_view=config.field_of_view,
         dtype=DTYPES[stored.pool.dtype],
         remainder=config.estimates_remainder,
