@@ -19,8 +19,8 @@ from icecache.store.memory import check_host_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FLOAT32_BYTES = 2 << 30
-# of the keys, at a build's peak: so the resident bytes say at 8 x 128 and 65,536 tokens
-_FLOAT32_COPIES = 4
+# rows' keys, at a build's peak: so the resident bytes say at 8 x 128 and 65,536 tokens
+_FLOAT32_ROWS = 1
 
 
 class Shape(NamedTuple):
@@ -201,7 +201,7 @@ def flat_tokens(case: Case) -> FlatTokens:
 def check_memory(case: Case, config: IceCacheConfig) -> None:
     """Raise `HostMemoryExceeded` unless pages, index and what a build holds on the way fit."""
     layer = empty_layer(case, config)
-    on_the_way = _FLOAT32_COPIES * 4 * case.keys.numel()
+    on_the_way = _FLOAT32_ROWS * 4 * case.keys[0].numel()
     check_host_memory(layer.estimate_bytes(1, case.tokens) + on_the_way)
 
 

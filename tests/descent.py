@@ -71,7 +71,7 @@ def slow_descent(
     """Search one row; queries: [heads, dim], beside: [heads], log-sum-exp of sink and window."""
     top = max(number for number, level in enumerate(tree.levels) if level.num[row] or not number)
     frontier = list(range(int(tree.levels[top].num[row])))
-    if top == 0 or tree.leaves.num[row] <= config.crossover:
+    if top == 0 or tree.leaves.num[row] <= max(config.crossover, config.budget):
         return Descent(list(range(int(tree.leaves.num[row]))), [], 0)
     far: list[tuple[int, int]] = []
     beside, scored = beside.clone(), 0

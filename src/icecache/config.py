@@ -36,7 +36,8 @@ class IceCacheConfig:
         Leaves, or nodes, that share a parent node when a tree is built; a node holds twice as
         many at most.
     crossover : int, default 4096
-        Leaves up to which a row is scanned flat; with more, a search descends from the top.
+        Leaves up to which a row is scanned flat; with more, a search descends from the top. A row
+        of no more leaves than the budget has tokens is always scanned flat.
     field_of_view : int, default 256
         Nodes of each level that a descent expands; the others are attended through their own
         summaries. Larger is more faithful and costs scan time in proportion.
@@ -170,6 +171,11 @@ class IceCacheConfig:
     def selected_unit_size(self) -> int:
         """Most tokens that one choice brings, in tokens."""
         return self.page_size if self.unit == "page" else self.leaf_size
+
+    @property
+    def most_flat_leaves(self) -> int:
+        """Leaves up to which a row is scanned flat; one within the budget is attended in full."""
+        return max(self.crossover, self.budget)
 
     @classmethod
     def from_kwargs(cls, **settings: Any) -> "IceCacheConfig":

@@ -114,7 +114,7 @@ def _call(
         page_size=config.page_size,
         room=0 if stored is None else config.budget - _most_fixed(spans),
         most_children=2 * config.fan_out,
-        crossover=config.crossover,
+        crossover=config.most_flat_leaves,
         field_of_view=config.field_of_view,
         dtype=DTYPES[spans[0].keys.dtype],
         remainder=config.estimates_remainder,

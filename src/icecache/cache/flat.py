@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["FlatTokens"]
@@ -21,6 +22,11 @@ class FlatTokens(NamedTuple):
     values: Tensor
     row: Tensor
     positions: Tensor
+
+    def row_starts(self, num_rows: int) -> list[int]:
+        """Return where each row's tokens start, and their number at the end."""
+        starts: list[int] = torch.searchsorted(self.row, torch.arange(num_rows + 1)).tolist()
+        return starts
 
     def pick(self, which: Tensor) -> "FlatTokens":
         """Return some of the tokens; which: a mask or rising indices."""

@@ -7,7 +7,9 @@ token is in exactly one leaf, every leaf in one page of its row.
 import torch
 from torch import Tensor
 
+from icecache.cache.fill import fill
 from icecache.cache.flat import FlatTokens
+from icecache.cache.native_fill import fill_native
 from icecache.cache.native_insert import TokensInPlace, insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
@@ -80,15 +82,19 @@ class IndexedTokens:
         Each row decides for itself, so that it does not depend on its batch. Returns how many
         tokens joined leaves.
         """
-        per_row = torch.bincount(tokens.row, minlength=self.leaves.num_rows)
+        starts = torch.tensor(tokens.row_starts(self.leaves.num_rows))
+        per_row = starts.diff()
         has_leaves = torch.tensor([have > 0 for have in self.lens])
         joining = has_leaves & (per_row <= _INSERT_AT_MOST)
-        joins = joining[tokens.row]
-        num_joining = int(joins.sum())
-        if num_joining:
-            self._join(tokens if bool(joins.all()) else tokens.pick(joins))
-        if num_joining < joins.numel():
-            rest = tokens.pick(~joins) if num_joining else tokens
+        num_joining = int(per_row[joining].sum())
+        rest = tokens
+        if num_joining == tokens.row.numel():
+            self._join(tokens)
+        elif num_joining:
+            joins = joining[tokens.row]
+            self._join(tokens.pick(joins))
+            rest = tokens.pick(~joins)
+        if num_joining < tokens.row.numel():
             self._build(rest, per_row.masked_fill(joining, 0).tolist())
         self.lens = [have + new for have, new in zip(self.lens, per_row.tolist(), strict=True)]
         return num_joining
@@ -145,23 +151,10 @@ class IndexedTokens:
     def _build(self, tokens: FlatTokens, per_row: list[int]) -> None:
         config = self._config
         make = paper_leaves if config.selection == "paper" else build_leaves
-        leaves = make(tokens.keys.float(), per_row, config)
-        leaves = _siblings_together(leaves)
-        page, slot = self._lay_out(leaves)
-        num = sum(leaves.per_row)
-        row = torch.repeat_interleave(torch.tensor(leaves.per_row))
-        at = self.pages.in_pool(row[leaves.ids], page * config.page_size + slot)
-        self.pool.write(at, tokens.keys, tokens.values, tokens.positions)
+        leaves = make(tokens.keys, per_row, config)
         first = self._open_leaves(leaves.per_row)
-        leaf = torch.cat(
-            [torch.arange(f, f + n) for f, n in zip(first, leaves.per_row, strict=True)]
-        )
-        own = torch.zeros(num, config.page_size, dtype=torch.bool)
-        own[leaves.ids, slot] = True
-        page_of_leaf = torch.empty(num, dtype=torch.int64)
-        page_of_leaf[leaves.ids] = page
-        self.leaves.place_many(row, leaf, page_of_leaf, own)
-        self.leaves.summarize(row, leaf, leaves.ids, tokens.keys, tokens.values)
+        store = fill_native if self._native else fill
+        store(tokens, leaves, self._lay_out(leaves), first, self.tree, self.pool, self.pages)
         self.tree.extend(first, leaves.per_row, leaves.parents)
 
     def _open_leaves(self, per_row: list[int]) -> list[int]:
@@ -170,10 +163,10 @@ class IndexedTokens:
         self.leaves.reserve(room + room // 4 + self._growth_tokens // self._config.leaf_target)
         return [self.leaves.add(row, num) for row, num in enumerate(per_row)]
 
-    def _lay_out(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
-        """Give each leaf a page of its row and each token a slot; both of shape [tokens], int64."""
+    def _lay_out(self, leaves: Leaves) -> Tensor:
+        """Give each leaf a page of its row; shape [leaves], int64."""
         page_size = self._config.page_size
-        fill = pack_native if self._native else pack
+        into_pages = pack_native if self._native else pack
         sizes = torch.bincount(leaves.ids)
         page_of_leaf = torch.empty_like(sizes)
         first = 0
@@ -182,18 +175,12 @@ class IndexedTokens:
             if self._config.selection == "paper":
                 packed, num_pages = torch.arange(num), num
             else:
-                packed, num_pages = fill(sizes[span], leaves.parents[span], page_size)
+                packed, num_pages = into_pages(sizes[span], leaves.parents[span], page_size)
             used = torch.zeros(num_pages, dtype=torch.int64).index_add_(0, packed, sizes[span])
             pages = self._allocate(num_pages)
             page_of_leaf[span] = self.pages.hold(row, pages, (page_size - used).tolist()) + packed
             first += num
-        page = page_of_leaf[leaves.ids]
-        slot = torch.empty_like(page)
-        row_of_leaf = torch.repeat_interleave(torch.tensor(leaves.per_row))
-        whole = row_of_leaf[leaves.ids] * (int(page.max()) + 1) + page
-        order = torch.argsort(whole * (leaves.parents.numel() + 1) + leaves.ids, stable=True)
-        slot[order] = _rank_within(whole[order])
-        return page, slot
+        return page_of_leaf
 
     @property
     def _growth_tokens(self) -> int:
@@ -253,18 +240,3 @@ class IndexedTokens:
             tolerance = torch.ones_like(made) if name.endswith("mean") else 1e-2 * made.abs() + 1e-6
             if bool(((kept - made).abs() > tolerance).any()):
                 raise IntegrityError(f"{name} differs from what the tokens give")
-
-
-def _siblings_together(leaves: Leaves) -> Leaves:
-    """Return the same leaves, numbered so that those of one parent follow each other."""
-    order = torch.argsort(leaves.parents, stable=True)
-    number = torch.empty_like(order)
-    number[order] = torch.arange(order.numel())
-    return Leaves(number[leaves.ids], leaves.per_row, leaves.parents[order])
-
-
-def _rank_within(ids: Tensor) -> Tensor:
-    """Return each element's rank among equal neighbours of a sorted tensor."""
-    counts = torch.bincount(ids)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(ids.numel()) - starts[ids]

@@ -116,6 +116,12 @@ class Level:
         names = Summaries.__dataclass_fields__
         return Summaries(*(self._arrays[name][row, entry] for name in names))
 
+    def keys_of(self, row: int) -> Tensor:
+        """Return the mean keys of a row, shape [n, dim], float32."""
+        num = int(self.num[row])
+        scale = self._arrays["key_scale"][row, :num].float()
+        return self._arrays["key_mean"][row, :num].float() * scale[:, None]
+
     def array(self, name: str) -> Tensor:
         """Return one of the arrays with its spare room."""
         return self._arrays[name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.tree.build import Leaves
+from icecache.tree.build import Leaves, siblings_together
 from icecache.tree.cluster import sort_within
 
 __all__ = ["lift", "paper_leaves"]
@@ -38,7 +38,7 @@ def paper_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
         if row_keys.shape[0] == 0:
             per_row.append(0)
             continue
-        lifted = lift(row_keys)
+        lifted = lift(row_keys.float())
         promoted = lifted[::_PROMOTION_STRIDE]
         cell = torch.cat([(x @ promoted.T).argmax(1) for x in torch.split(lifted, 4096)])
         order = sort_within(cell, lifted @ direction)
@@ -50,7 +50,7 @@ def paper_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
         per_row.append(parent.numel())
         num_leaves += parent.numel()
         num_parents += promoted.shape[0]
-    return Leaves(torch.cat(ids), per_row, torch.cat(parents))
+    return siblings_together(Leaves(torch.cat(ids), per_row, torch.cat(parents)))
 
 
 def _cut_cells(cell: Tensor, target: int) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ class TreeIndex(NamedTuple):
         for row in range(self.tree.num_rows):
             far.append([])
             leaves_scored += int(num[row])
-            if num[row] <= self.config.crossover or self.tree.top(row) == 0:
+            if num[row] <= self.config.most_flat_leaves or self.tree.top(row) == 0:
                 continue
             near, far[row], scored = self._descend(row, query[row], beside[row], scaling, softcap)
             unseen = torch.ones(logits.shape[2], dtype=torch.bool)

@@ -12,10 +12,12 @@ from torch import Tensor
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.batched import merge_summaries
-from icecache.ops.native import MOST_LEVELS, pointer
+from icecache.ops.dispatch import resolve_backend
+from icecache.ops.native import MAX_DIM, MOST_LEVELS, pointer
 from icecache.ops.native import Tree as NativeTree
 from icecache.tree.build import group_nodes
 from icecache.tree.level import NONE, Level
+from icecache.tree.native_adopt import adopt_native
 from icecache.tree.table import LeafTable
 
 __all__ = ["GROWN_TOP", "WIDEST_TOP", "Tree", "estimate_bytes_per_token"]
@@ -37,6 +39,7 @@ class Tree:
         self._config = config
         self.leaves = LeafTable(num_rows, head_dim, config.leaf_size, config.page_size)
         self.levels: list[Level] = [self.leaves]
+        self._is_native = resolve_backend(config.backend) == "native" and head_dim <= MAX_DIM
         self._native: tuple[NativeTree, list[object]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -186,8 +189,7 @@ class Tree:
         """Make the level above from all leaves or nodes of rows."""
         here = self.levels[level]
         lens = [int(here.num[row]) for row in rows]
-        means = here.view().keys()
-        points = torch.cat([means[row, :num] for row, num in zip(rows, lens, strict=True)])
+        points = torch.cat([here.keys_of(row) for row in rows])
         parents, _ = group_nodes(points, lens, self._config)
         row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lens))
         child = torch.cat([torch.arange(num) for num in lens])
@@ -210,8 +212,12 @@ class Tree:
         firsts = [above.add(r, num) if num else 0 for r, num in enumerate(per_row)]
         numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
         node = torch.cat([numbers[r] for r in dict.fromkeys(row_of_node.tolist())])
-        below.link(row, child, node[ids], above)
-        self._summarize(level, row_of_node, node, row, child, ids)
+        if self._is_native:
+            dim = self.leaves.head_dim
+            adopt_native(self.native(), level, dim, row, child, node[ids])
+        else:
+            below.link(row, child, node[ids], above)
+            self._summarize(level, row_of_node, node, row, child, ids)
 
     def _summarize(
         self,

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_HEADS",
     "MOST_LEVELS",
     "Answer",
+    "Build",
     "Level",
     "Pages",
     "Result",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 2
+_VERSION = 3
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -78,6 +79,16 @@ class Pages(ctypes.Structure):
         *((name, c_void_p) for name in ("data", "positions", "holders", "num_pages", "page_of")),
         *((name, c_void_p) for name in ("free", "before", "after", "head")),
         ("capacity", c_int64),
+    ]
+
+
+class Build(ctypes.Structure):
+    """`Build` of fill.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values", "positions", "leaf_of", "page_of")),
+        *((name, c_int64) for name in ("num_tokens", "num_leaves", "row", "first_leaf")),
+        ("first_number", c_int64),
     ]
 
 
@@ -150,14 +161,21 @@ def load() -> ctypes.CDLL:
     library.icecache_insert.restype = c_int64
     library.icecache_group.argtypes = [
         c_void_p,
+        c_int64,
         c_void_p,
         c_int64,
         c_int64,
-        *(c_void_p,) * 3,
+        *(c_void_p,) * 4,
     ]
     library.icecache_group.restype = c_int
     library.icecache_pack.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     library.icecache_pack.restype = c_int64
+    library.icecache_siblings.argtypes = [c_void_p, c_int64, c_void_p, c_int64]
+    library.icecache_siblings.restype = c_int
+    library.icecache_fill.argtypes = [POINTER(Shape), POINTER(Tree), POINTER(Pages), POINTER(Build)]
+    library.icecache_fill.restype = c_int
+    library.icecache_adopt.argtypes = [POINTER(Tree), c_int64, c_int64, *(c_void_p,) * 3, c_int64]
+    library.icecache_adopt.restype = c_int
     return library
 
 

@@ -1,14 +1,18 @@
 /* Group points by nearness, row after row; the plain twin is tree/cluster.py. */
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "cut.h"
 #include "nearest.h"
 #include "vector.h"
 
-#define POWER_ROUNDS 3
-#define SORTED_RUN 16
+/* The points of a row, as they come. */
+typedef struct {
+    const void *data; /* [num, dim] */
+    int64_t num, dim;
+    int32_t dtype;
+} Points;
 
 typedef struct {
     int64_t target, largest, rounds, segment, seed, coarse_cell, most_cells;
@@ -18,10 +22,11 @@ typedef struct {
 typedef struct {
     Kernel kernel;
     Parents packed;
+    Cut cut;
     double *sum;
-    float *centre, *x, *tiles, *parents, *centred, *key, *mean, *direction;
+    float *centre, *x, *tiles, *parents;
     int32_t *order, *cell, *filled; /* of a row's points */
-    int32_t *nearest, *group, *members, *sorted, *spare, *start, *at, *next, *number;
+    int32_t *nearest, *group, *members, *start, *at, *next, *number;
 } Scratch;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -52,119 +57,80 @@ static size_t lay_out(Scratch *s, char *base, int64_t longest, int64_t dim, cons
     s->x = take(base, &used, points * dim, sizeof(float));
     s->tiles = take(base, &used, (points + TILE_POINTS) * dim, sizeof(float));
     s->parents = take(base, &used, parents * dim, sizeof(float));
-    s->centred = take(base, &used, points * dim, sizeof(float));
-    s->key = take(base, &used, points, sizeof(float));
-    s->mean = take(base, &used, dim, sizeof(float));
-    s->direction = take(base, &used, dim, sizeof(float));
+    s->cut.centred = take(base, &used, points * dim, sizeof(float));
+    s->cut.key = take(base, &used, points, sizeof(float));
+    s->cut.mean = take(base, &used, dim, sizeof(float));
+    s->cut.direction = take(base, &used, dim, sizeof(float));
     int32_t **of_row[] = {&s->order, &s->cell, &s->filled};
     for (int i = 0; i < 3; i++) *of_row[i] = take(base, &used, longest + 1, sizeof(int32_t));
-    int32_t **of_segment[] = {&s->nearest, &s->group, &s->members, &s->sorted, &s->spare,
-                              &s->start,   &s->at,    &s->next,    &s->number};
+    int32_t **of_segment[] = {&s->nearest, &s->group,      &s->members,   &s->start, &s->at,
+                              &s->next,    &s->number, &s->cut.sorted, &s->cut.spare};
     for (int i = 0; i < 9; i++)
         *of_segment[i] = take(base, &used, points + TILE_POINTS + 1, sizeof(int32_t));
     return used;
 }
 
-/* Stable order of `num` keys, rising: runs by insertion, then merged. */
-static void sort_stable(const float *key, int64_t num, int32_t *order, int32_t *spare) {
-    for (int64_t run = 0; run < num; run += SORTED_RUN)
-        for (int64_t i = run; i < smaller(run + SORTED_RUN, num); i++) {
-            int64_t j = i;
-            for (; j > run && key[order[j - 1]] > key[i]; j--) order[j] = order[j - 1];
-            order[j] = (int32_t)i;
-        }
-    for (int64_t run = SORTED_RUN; run < num; run *= 2) {
-        for (int64_t low = 0; low < num; low += 2 * run) {
-            int64_t middle = smaller(low + run, num), high = smaller(low + 2 * run, num);
-            int64_t a = low, b = middle;
-            for (int64_t i = low; i < high; i++)
-                spare[i] = b >= high || (a < middle && key[order[a]] <= key[order[b]]) ? order[a++]
-                                                                                        : order[b++];
-        }
-        memcpy(order, spare, sizeof(int32_t) * (size_t)num);
-    }
-}
-
-/* Project members of x on their main direction, to s->key. */
-CLONES static void project(Scratch *s, const float *x, const int32_t *members, int64_t num,
-                           int64_t dim) {
-    float *mean = s->mean, *direction = s->direction, farthest = -1.0f;
-    memset(mean, 0, sizeof(float) * dim);
-    for (int64_t m = 0; m < num; m++) add_scaled(mean, 1.0f, x + members[m] * dim, dim);
-    for (int64_t k = 0; k < dim; k++) mean[k] /= (float)num;
-    for (int64_t m = 0; m < num; m++) {
-        float *c = s->centred + m * dim;
-        const float *point = x + members[m] * dim;
-        for (int64_t k = 0; k < dim; k++) c[k] = point[k] - mean[k];
-        float norm = dot(c, c, dim);
-        if (norm >= farthest) {
-            farthest = norm;
-            memcpy(direction, c, sizeof(float) * dim);
-        }
-    }
-    for (int round = 0; round < POWER_ROUNDS; round++) {
-        for (int64_t m = 0; m < num; m++) s->key[m] = dot(s->centred + m * dim, direction, dim);
-        memset(direction, 0, sizeof(float) * dim);
-        for (int64_t m = 0; m < num; m++)
-            add_scaled(direction, s->key[m], s->centred + m * dim, dim);
-        float norm = sqrtf(dot(direction, direction, dim));
-        float weight = 1.0f / (norm > 1e-20f ? norm : 1e-20f);
-        for (int64_t k = 0; k < dim; k++) direction[k] *= weight;
-    }
-    for (int64_t m = 0; m < num; m++) s->key[m] = dot(s->centred + m * dim, direction, dim);
+CLONES static void project_members(const Cut *cut, const float *x, const int32_t *members,
+                                   int64_t num, int64_t dim) {
+    project(cut, x, members, num, dim);
 }
 
 /* Reorder members, the lower half first, each half in its old order; returns the lower's number. */
-static int64_t halve(Scratch *s, const float *x, int32_t *members, int64_t num, int64_t dim) {
-    int64_t lower = num - num / 2;
-    project(s, x, members, num, dim);
-    sort_stable(s->key, num, s->sorted, s->spare);
-    for (int64_t i = 0; i < num; i++) s->spare[s->sorted[i]] = i >= lower;
-    int64_t low = 0, high = lower;
-    for (int64_t m = 0; m < num; m++) s->sorted[s->spare[m] ? high++ : low++] = members[m];
-    memcpy(members, s->sorted, sizeof(int32_t) * (size_t)num);
+static int64_t halve(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim) {
+    int64_t lower = num - num / 2, low = 0, high = lower;
+    project_members(cut, x, members, num, dim);
+    sort_stable(cut->key, num, cut->sorted, cut->spare);
+    for (int64_t i = 0; i < num; i++) cut->spare[cut->sorted[i]] = i >= lower;
+    for (int64_t m = 0; m < num; m++) cut->sorted[cut->spare[m] ? high++ : low++] = members[m];
+    memcpy(members, cut->sorted, sizeof(int32_t) * (size_t)num);
     return lower;
 }
 
-static void bisect(Scratch *s, const float *x, int32_t *members, int64_t num, int64_t dim,
+static void bisect(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim,
                    int levels) {
     if (levels <= 0 || num <= 2) return;
-    int64_t lower = halve(s, x, members, num, dim);
-    bisect(s, x, members, lower, dim, levels - 1);
-    bisect(s, x, members + lower, num - lower, dim, levels - 1);
+    int64_t lower = halve(cut, x, members, num, dim);
+    bisect(cut, x, members, lower, dim, levels - 1);
+    bisect(cut, x, members + lower, num - lower, dim, levels - 1);
 }
 
-CLONES static void find_centre(Scratch *s, const float *points, int64_t num, int64_t dim) {
-    memset(s->sum, 0, sizeof(double) * dim);
-    for (int64_t i = 0; i < num; i++)
-        for (int64_t k = 0; k < dim; k++) s->sum[k] += points[i * dim + k];
-    for (int64_t k = 0; k < dim; k++) s->centre[k] = (float)(s->sum[k] / (double)num);
+CLONES static void find_centre(Scratch *s, const Points *points) {
+    int64_t dim = points->dim;
+    memset(s->sum, 0, sizeof(double) * (size_t)dim);
+    for (int64_t i = 0; i < points->num; i++) {
+        to_float(points->data, i * dim, points->dtype, s->centre, dim);
+        for (int64_t k = 0; k < dim; k++) s->sum[k] += s->centre[k];
+    }
+    for (int64_t k = 0; k < dim; k++) s->centre[k] = (float)(s->sum[k] / (double)points->num);
 }
 
-/* Read `num` points, centred: those of `numbers`, or every stride-th. */
-CLONES static void gather(const Scratch *s, const float *points, const int32_t *numbers,
-                          int64_t stride, int64_t num, int64_t dim, float *out) {
+/* Read `num` points, centred: those of `numbers`, or every stride-th from the first on. */
+CLONES static void gather(const Scratch *s, const Points *points, const int32_t *numbers,
+                          int64_t first, int64_t stride, int64_t num) {
+    int64_t dim = points->dim;
     for (int64_t i = 0; i < num; i++) {
-        const float *point = points + (numbers ? numbers[i] : i * stride) * dim;
-        for (int64_t k = 0; k < dim; k++) out[i * dim + k] = point[k] - s->centre[k];
+        int64_t number = numbers ? numbers[i] : first + i * stride;
+        float *out = s->x + i * dim;
+        to_float(points->data, number * dim, points->dtype, out, dim);
+        for (int64_t k = 0; k < dim; k++) out[k] -= s->centre[k];
     }
 }
 
 /* Order the row's points by promoted cell, cells so that near ones are near. */
-static void coarse_order(Scratch *s, const float *points, int64_t num, int64_t dim,
-                         const Rule *rule) {
+static void coarse_order(Scratch *s, const Points *points, const Rule *rule) {
+    int64_t num = points->num, dim = points->dim;
     int64_t stride = coarse_stride(num, rule), cells = parts(num, stride);
     int levels = -1;
     while ((int64_t)1 << (levels + 1) < cells) levels++;
-    gather(s, points, NULL, stride, cells, dim, s->x);
+    gather(s, points, NULL, 0, stride, cells);
     for (int64_t c = 0; c < cells; c++) s->members[c] = (int32_t)c;
-    bisect(s, s->x, s->members, cells, dim, levels);
+    bisect(&s->cut, s->x, s->members, cells, dim, levels);
     for (int64_t c = 0; c < cells; c++)
         memcpy(s->parents + c * dim, s->x + s->members[c] * dim, sizeof(float) * dim);
     pack_parents(s->parents, cells, dim, s->kernel.lanes, &s->packed);
     for (int64_t i = 0; i < num; i += rule->segment) {
         int64_t here = smaller(rule->segment, num - i);
-        gather(s, points + i * dim, NULL, 1, here, dim, s->x);
+        gather(s, points, NULL, i, 1, here);
         pack_points(s->x, here, dim, s->tiles);
         find_nearest(&s->kernel, s->tiles, here, dim, &s->packed, s->nearest);
         memcpy(s->cell + i, s->nearest, sizeof(int32_t) * (size_t)here);
@@ -243,7 +209,7 @@ static int64_t cut_groups(Scratch *s, int64_t groups, int64_t dim, int64_t large
         int32_t *upper = s->nearest;
         for (int64_t i = 0; i < open; i++) {
             int32_t *members = s->members + first[i], lower, rest;
-            lower = (int32_t)halve(s, s->x, members, size[i], dim);
+            lower = (int32_t)halve(&s->cut, s->x, members, size[i], dim);
             rest = size[i] - lower;
             for (int32_t m = lower; m < size[i]; m++) s->group[members[m]] = (int32_t)groups;
             groups++;
@@ -263,42 +229,61 @@ static int64_t cut_groups(Scratch *s, int64_t groups, int64_t dim, int64_t large
     return groups;
 }
 
-static int64_t group_row(Scratch *s, const float *points, int64_t num, int64_t dim,
-                         const Rule *rule, int64_t first_group, int64_t *ids) {
-    int64_t segments = parts(num, rule->segment), groups = 0;
-    find_centre(s, points, num, dim);
-    if (segments > 1) coarse_order(s, points, num, dim, rule);
+/* The means of a segment's groups, from the row's centre. */
+CLONES static void mean_groups(const Scratch *s, int64_t num, int64_t groups, int64_t dim,
+                               float *means) {
+    int32_t *count = s->start;
+    memset(count, 0, sizeof(int32_t) * (size_t)groups);
+    memset(means, 0, sizeof(float) * (size_t)(groups * dim));
+    for (int64_t i = 0; i < num; i++) {
+        count[s->group[i]]++;
+        add_scaled(means + s->group[i] * dim, 1.0f, s->x + i * dim, dim);
+    }
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t k = 0; k < dim; k++) means[g * dim + k] /= (float)count[g];
+}
+
+static int64_t group_row(Scratch *s, const Points *points, const Rule *rule, int64_t first_group,
+                         int64_t *ids, float *means) {
+    int64_t num = points->num, dim = points->dim, groups = 0;
+    int64_t segments = parts(num, rule->segment);
+    find_centre(s, points);
+    if (segments > 1) coarse_order(s, points, rule);
     for (int64_t g = 0; g < segments; g++) {
         int64_t first = segment_start(g, num, segments);
         int64_t here = segment_start(g + 1, num, segments) - first;
         const int32_t *order = segments > 1 ? s->order + first : NULL;
-        gather(s, points, order, 1, here, dim, s->x);
+        gather(s, points, order, 0, 1, here);
         promote_and_refine(s, here, dim, rule);
         int64_t found = list_members(s, here, parts(here, rule->target));
         found = cut_groups(s, found, dim, rule->largest);
         for (int64_t i = 0; i < here; i++)
             ids[order ? order[i] : i] = first_group + groups + s->group[i];
+        if (means) mean_groups(s, here, found, dim, means + groups * dim);
         groups += found;
     }
     return groups;
 }
 
-/* ids: each point's group; per_row: the rows' groups. -1 without memory. */
-EXPORT int icecache_group(const float *points, const int64_t *row_lens, int64_t num_rows,
-                          int64_t dim, const Rule *rule, int64_t *ids, int64_t *per_row) {
+/* ids: each point's group; per_row: the rows' groups; means, optional: [groups, dim], room for as
+ * many as points. -1 without memory. */
+EXPORT int icecache_group(const void *data, int64_t dtype, const int64_t *row_lens,
+                          int64_t num_rows, int64_t dim, const Rule *rule, int64_t *ids,
+                          int64_t *per_row, float *means) {
     int64_t longest = 1, first = 0;
     for (int64_t r = 0; r < num_rows; r++)
         if (row_lens[r] > longest) longest = row_lens[r];
     Scratch s;
     size_t bytes = lay_out(&s, NULL, longest, dim, rule);
-    char *memory = malloc(bytes + 64);
+    char *memory = malloc(bytes + 64), *from = (char *)data;
     if (!memory) return -1;
     lay_out(&s, memory + (64 - (uintptr_t)memory % 64), longest, dim, rule);
     s.kernel = choose_kernel();
     for (int64_t r = 0; r < num_rows; r++) {
-        per_row[r] = group_row(&s, points, row_lens[r], dim, rule, first, ids);
+        Points points = {from, row_lens[r], dim, (int32_t)dtype};
+        per_row[r] = group_row(&s, &points, rule, first, ids, means ? means + first * dim : NULL);
         first += per_row[r];
-        points += row_lens[r] * dim;
+        from += row_lens[r] * dim * (dtype == FLOAT32 ? 4 : 2);
         ids += row_lens[r];
     }
     free(memory);

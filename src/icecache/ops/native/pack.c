@@ -14,6 +14,29 @@ static void sort_by(const int64_t *key, int64_t low, int64_t range, const int32_
     for (int64_t i = 0; i < num; i++) sorted[count[key[order[i]] - low]++] = order[i];
 }
 
+/* Number leaves anew, so that those of one parent follow each other, each parent's in their old
+ * order: `parents` [num] gets sorted, `ids` are the leaves' numbers [num_ids]. -1 without memory. */
+EXPORT int icecache_siblings(int64_t *parents, int64_t num, int64_t *ids, int64_t num_ids) {
+    int64_t low = num ? parents[0] : 0, high = low;
+    for (int64_t i = 1; i < num; i++) {
+        if (parents[i] < low) low = parents[i];
+        if (parents[i] > high) high = parents[i];
+    }
+    int64_t range = high - low + 1;
+    int32_t *number = malloc(sizeof(int32_t) * (size_t)(num + range + 1));
+    if (!number) return -1;
+    int32_t *next = number + num;
+    memset(next, 0, sizeof(int32_t) * (size_t)(range + 1));
+    for (int64_t i = 0; i < num; i++) next[parents[i] - low + 1]++;
+    for (int64_t k = 0; k < range; k++) next[k + 1] += next[k];
+    for (int64_t i = 0; i < num; i++) number[i] = next[parents[i] - low]++;
+    for (int64_t k = 0, i = 0; k < range; k++)
+        while (i < next[k]) parents[i++] = k + low;
+    for (int64_t i = 0; i < num_ids; i++) ids[i] = number[ids[i]];
+    free(number);
+    return 0;
+}
+
 /* page_of: [num]. Returns the number of pages, -1 without memory. */
 EXPORT int64_t icecache_pack(const int64_t *sizes, const int64_t *parents, int64_t num,
                              int64_t page_size, int64_t *page_of) {

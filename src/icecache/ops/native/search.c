@@ -77,6 +77,16 @@ static inline void dot_entries(int64_t dim, const Level *level, int64_t row, con
     dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
 }
 
+static int64_t top_level(const Tree *t, int64_t row) {
+    int64_t level = 0;
+    while (level + 1 < t->num_levels && t->level[level + 1].num[row] > 0) level++;
+    return level;
+}
+
+static int is_flat(const Shape *s, const Tree *t, int64_t row) {
+    return t->level[0].num[row] <= s->crossover || top_level(t, row) == 0;
+}
+
 /* What stands beside the means, of all leaves of a row: vector code, unlike the general loop. */
 static inline void read_all_leaves(const Level *leaves, int64_t first, int64_t num, float scaling,
                                    const float *log_of, Found *f, int64_t from) {
@@ -98,7 +108,7 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     int32_t *id = f->id + from;
     memset(f->level + from, (int)level, (size_t)num);
     BY_DIM(s->dim, dot_entries, of, row, query, s->heads, id, num, f->logits + from, f->stride)
-    if (level == 0 && num == of->num[row]) {
+    if (level == 0 && is_flat(s, t, row)) {
         read_all_leaves(of, first, num, s->scaling, log_of, f, from);
     } else {
         for (int64_t i = 0; i < num; i++) {
@@ -264,16 +274,6 @@ static void choose(const Shape *s, Found *f, int64_t num) {
         memset(f->chosen + f->num_far, 0, (size_t)num);
     }
     take_best(s, f, collect(f, num, 1, -1.0f), num);
-}
-
-static int64_t top_level(const Tree *t, int64_t row) {
-    int64_t level = 0;
-    while (level + 1 < t->num_levels && t->level[level + 1].num[row] > 0) level++;
-    return level;
-}
-
-static int is_flat(const Shape *s, const Tree *t, int64_t row) {
-    return t->level[0].num[row] <= s->crossover || top_level(t, row) == 0;
 }
 
 void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
