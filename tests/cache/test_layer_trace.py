@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from icecache import IceCacheLayer, Phase
 from tests.helpers import (
     FAST_BACKENDS,
+    HAS_NATIVE,
     PlainRows,
     assert_full,
     largest_error,
@@ -22,6 +23,7 @@ from tests.helpers import (
     slow_sparse,
     small_layer,
 )
+from tests.trees import assert_true_summaries
 
 Step = tuple[str, int]
 
@@ -45,6 +47,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a leaf a page": {"page_size": 4},
     "leaves of one": {"leaf_size": 1, "leaf_target": 1, "page_size": 1},
 }
+# leaves of one or two tokens: a row of a few hundred has levels, and inserts raise their tops
+DEEP: dict[str, Any] = {
+    "leaf_size": 2,
+    "leaf_target": 1,
+    "page_size": 5,
+    "crossover": 0,
+    "field_of_view": 6,
+}
 
 
 @dataclass
@@ -56,6 +66,7 @@ class Conversation:
     latest: int
     may_crop: int
     seeds: int = 0
+    is_deep: bool = False
     done: list[str] = field(default_factory=list)
 
     def seed(self) -> int:
@@ -117,6 +128,9 @@ def _take(talk: Conversation, name: str, number: int) -> None:
     if name == "append":
         num = 2 + number % 20
         _append(talk, num, [num] * talk.batch)
+    elif name == "extend":
+        num = 100 + number % 300
+        _append(talk, num, [num] * talk.batch)
     elif name == "append one":
         for _ in range(1 + number % 3):
             _append(talk, 1, [1] * talk.batch)
@@ -148,17 +162,23 @@ def _check(talk: Conversation) -> None:
     stats = layer.stats()
     assert stats.tokens == max(talk.rows.lens)
     assert stats.full_cache_bytes == sum(talk.rows.lens) * 2 * 2 * 16 * 4
+    if talk.is_deep and layer._context.indexed is not None:
+        assert_true_summaries(layer._context.indexed)
     if layer.phase is Phase.INDEXED:
         assert max(layer._context.tail.lens) >= 0
         assert stats.pages == layer._context.indexed.pool.num_pages
 
 
-def _converse(trace: list[Step], first: int, **variant: Any) -> None:
+def _converse(
+    trace: list[Step], first: int, is_deep: bool = False, **variant: Any
+) -> IceCacheLayer:
     layer = small_layer(**variant)
     lens = [1 + first % 50, 1 + first % 7, 1 + first % 23][: 1 + first % 3]
+    if is_deep:
+        lens = [150 + first % 300, 1 + first % 200, 1 + first % 23][: 1 + first % 3]
     prompt, mask = make_tokens(first, len(lens), max(lens)), left_padded(lens)
     layer.prefill(*prompt, mask)
-    talk = Conversation(layer, PlainRows.of(prompt, mask), max(lens), 0, seeds=first)
+    talk = Conversation(layer, PlainRows.of(prompt, mask), max(lens), 0, first, is_deep)
     _check(talk)
     for name, number in trace:
         talk.done.append(name)
@@ -166,6 +186,7 @@ def _converse(trace: list[Step], first: int, **variant: Any) -> None:
         _check(talk)
     _append(talk, 3, [3] * talk.batch)
     assert_full(layer, talk.rows, make_query(talk.seed(), talk.batch, HEADS, 3))
+    return layer
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -180,3 +201,35 @@ def test_random_conversations(trace: list[Step], first: int, backend: str) -> No
 @given(trace=STEPS, first=st.integers(0, 1 << 12))
 def test_random_conversations_of_variants(trace: list[Step], first: int, variant: str) -> None:
     _converse(trace, first, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_random_conversations_of_deep_trees(backend: str) -> None:
+    """Chunks become subtrees, inserts split nodes, beams share pages until one of them writes."""
+    heights = []
+    names = ["append", "append one", "append ragged", "attend one", "crop", "reorder", "extend"]
+    steps = st.tuples(st.sampled_from(names), st.integers(0, 1 << 16))
+
+    # the twin takes some milliseconds for every insert
+    @settings(derandomize=True, deadline=None, max_examples=14 if backend == "native" else 4)
+    @given(trace=st.lists(steps, min_size=3, max_size=10), first=st.integers(0, 1 << 12))
+    def converse(trace: list[Step], first: int) -> None:
+        layer = _converse(trace, first, is_deep=True, backend=backend, **DEEP)
+        tree = layer._context.indexed.tree
+        heights.append(max(tree.top(row) for row in range(tree.num_rows)))
+
+    converse()
+    assert max(heights) >= 2
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the compiled ops are not installed")
+@pytest.mark.parametrize("remainder", [True, False])
+def test_a_long_conversation_of_beams(remainder: bool) -> None:
+    """Levels are raised by inserts alone while rows part, one shared page after the other."""
+    trace = [("extend", 50), ("attend one", 0), ("reorder", 0b001001)]
+    for step in range(7):
+        trace += [("extend", step), ("append one", 2), ("attend one", 0), ("crop", step)]
+        trace += [("reorder", (0b000001, 0b001010, 0b000101)[step % 3] * 4 + 1)]
+    layer = _converse(trace, 0, is_deep=True, backend="native", remainder=remainder, **DEEP)
+    tree = layer._context.indexed.tree
+    assert tree.top(0) >= 2 and layer.stats().inserted > 300

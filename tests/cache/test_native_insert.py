@@ -32,10 +32,10 @@ def _grown(
 def test_the_same_leaves_in_the_same_slots(
     settings: dict[str, int], dtype: torch.dtype, dim: int
 ) -> None:
-    native, twin = (_grown(name, dtype, dim, 600, **settings) for name in ("native", "torch"))
+    native, twin = (_grown(name, dtype, dim, 150, **settings) for name in ("native", "torch"))
     for layer in (native, twin):
         layer.check_integrity()
-        assert layer.stats().inserted == 3 * 600
+        assert layer.stats().inserted == 3 * 150
     ours, theirs = (layer._context.indexed.leaves for layer in (native, twin))  # type: ignore[union-attr]
     assert ours.num.tolist() == theirs.num.tolist()
     assert torch.equal(ours.counts(), theirs.counts())

@@ -1,0 +1,194 @@
+"""The caches that the decode benchmark compares, and those that cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from decode_model import Subject
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from icecache.integrations.transformers import IceCache, attach
+from icecache.integrations.transformers.layer import ManagedLayer
+
+_QUANTO = "pip install optimum-quanto ninja"
+# the smallest group that 4-bit caches quantize together
+_PROBE = 64
+
+
+class LeftOut(Exception):
+    """A cache cannot run here; the message says why, `install` how it could."""
+
+    def __init__(self, reason: str, install: str | None = None) -> None:
+        super().__init__(reason)
+        self.install = install
+
+
+class Opening(NamedTuple):
+    """What a cache may ask for when it is made."""
+
+    model: PreTrainedModel
+    capacity: int  # tokens
+    settings: dict[str, Any]  # of IceCache
+
+
+def _icecache(opening: Opening) -> Cache:
+    return IceCache(opening.model, **opening.settings)
+
+
+def _dynamic(opening: Opening) -> Cache:
+    return DynamicCache(config=opening.model.config)
+
+
+def _static(opening: Opening) -> Cache:
+    return StaticCache(config=opening.model.config, max_cache_len=opening.capacity)
+
+
+def _quantized(opening: Opening) -> Cache:
+    if is_optimum_quanto_available():
+        return QuantizedCache("quanto", opening.model.config)
+    if is_hqq_available():
+        return QuantizedCache("hqq", opening.model.config, axis_key=1, axis_value=1)
+    reason = "QuantizedCache in 4 bits needs optimum-quanto or hqq, and neither is installed"
+    raise LeftOut(reason, f"{_QUANTO}, or pip install hqq")
+
+
+def _fp8(opening: Opening) -> Cache:
+    return QuantizedCache("fp8", opening.model.config)
+
+
+def _offloaded(opening: Opening) -> Cache:
+    where = opening.model.device
+    if where.type == "cuda":
+        return DynamicCache(config=opening.model.config, offloading=True)
+    raise LeftOut(
+        "DynamicCache(offloading=True) moves layers between an accelerator and the host through "
+        f"streams, and the model runs on the {where.type}"
+    )
+
+
+def _kvpress(opening: Opening) -> Cache:
+    raise LeftOut(
+        "kvpress 0.5.5 asks for transformers < 5.3 and IceCache for 5.23: they do not install "
+        "side by side",
+        "pip install kvpress, in an environment of its own",
+    )
+
+
+OPENERS: dict[str, Callable[[Opening], Cache]] = {
+    "icecache": _icecache,
+    "dynamic": _dynamic,
+    "static": _static,
+    "quantized": _quantized,
+    "quantized:fp8": _fp8,
+    "offloaded": _offloaded,
+    "kvpress:snapkv": _kvpress,
+}
+
+
+class Player:
+    """One cache in the comparison: it decodes in its turns, and is timed by who calls."""
+
+    def __init__(self, name: str, opening: Opening) -> None:
+        self.name = name
+        self.model = opening.model
+        self.cache = OPENERS[name](opening)
+        self._settings = opening.settings
+
+    def attached(self) -> AbstractContextManager[Any]:
+        """Let the model run the attention of this cache, and no longer than that."""
+        if isinstance(self.cache, IceCache):
+            return attach(self.model, **self._settings)
+        return nullcontext()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Logits of the last of `token_ids`, `[1, tokens]`, which the cache takes in."""
+        output = self.model(
+            input_ids=token_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]
+
+    def take(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Take in a layer's keys and values as if they were a prompt's."""
+        layer = self.cache.layers[index]
+        if not isinstance(layer, ManagedLayer):
+            self.cache.update(keys, values, index)
+            return
+        layer.lazy_initialization(keys, values)
+        layer.core.prefill(keys, values)
+        layer.num_columns = keys.shape[2]
+
+    def settle(self) -> None:
+        """Wait for what the cache still does in threads of its own."""
+        if isinstance(self.cache, IceCache):
+            self.cache.stats()
+
+    def close(self) -> None:
+        if isinstance(self.cache, IceCache):
+            self.cache.close()
+
+    @property
+    def held_bytes(self) -> int:
+        """Keys, values and whatever index there is, room that is not yet used included."""
+        held = 0
+        for layer in self.cache.layers:
+            if isinstance(layer, ManagedLayer):
+                stats = layer.stats()
+                held += stats.host_bytes + stats.device_bytes if stats else 0
+            else:
+                held += sum(_bytes(getattr(layer, part, None)) for part in _PARTS)
+        return held
+
+
+_PARTS = ("keys", "values", "_quantized_keys", "_quantized_values")
+
+
+def _bytes(held: Any) -> int:
+    """Bytes of a tensor, of the plain tensors inside a quantized one, or of several."""
+    if isinstance(held, (tuple, list)):
+        return sum(_bytes(part) for part in held)
+    if isinstance(held, dict):
+        return sum(_bytes(part) for part in held.values())
+    if not isinstance(held, Tensor):
+        return 0
+    if type(held) is not Tensor and hasattr(held, "__tensor_flatten__"):
+        return sum(_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+    return held.nbytes
+
+
+def sort_out(
+    names: Iterable[str], subject: Subject, settings: dict[str, Any]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of the caches that can run here, and a record of each other with reason and remedy.
+
+    Each decodes one token after a short prompt as a trial, which warms the model up as well. What
+    is wrong with IceCache or its settings is an error of the whole run.
+    """
+    tried = {name: _trial(name, subject, settings) for name in names}
+    running = [name for name, left in tried.items() if left is None]
+    return running, [
+        {"cache": name, "context": None, "reason": str(left), "install": left.install}
+        for name, left in tried.items()
+        if left is not None
+    ]
+
+
+def _trial(name: str, subject: Subject, settings: dict[str, Any]) -> LeftOut | None:
+    """Why a cache cannot run here, or None when it did."""
+    try:
+        player = Player(name, Opening(subject.model, _PROBE + 1, settings))
+        with player.attached():
+            player.forward(torch.ones(1, _PROBE, dtype=torch.long))
+            player.forward(torch.ones(1, 1, dtype=torch.long))
+        player.close()
+    except LeftOut as left:
+        return left
+    except (ImportError, RuntimeError, ValueError) as error:
+        if name == "icecache":
+            raise
+        return LeftOut(f"{type(error).__name__}: {error}")
+    return None
