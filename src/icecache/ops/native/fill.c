@@ -11,7 +11,7 @@
 #include "summary.h"
 #include "vector.h"
 
-#define CACHE_LINE 64
+#define LEAVES_AHEAD 3
 
 /* A row's tokens and its new leaves, which lie in new pages. */
 typedef struct {
@@ -50,17 +50,13 @@ static int64_t sort_tokens(const Build *b, Scratch *x) {
     return largest;
 }
 
-static void prefetch_token(const Build *b, int64_t token, int64_t bytes) {
-#if defined(__GNUC__)
-    const char *key = (const char *)b->keys + token * bytes;
-    const char *value = (const char *)b->values + token * bytes;
-    for (int64_t i = 0; i < bytes; i += CACHE_LINE) {
-        __builtin_prefetch(key + i);
-        __builtin_prefetch(value + i);
+/* Read ahead: a leaf's tokens lie all over the context. */
+static void prefetch_leaf(const Build *b, const Scratch *x, int64_t leaf, int64_t bytes) {
+    if (leaf >= b->num_leaves) return;
+    for (int64_t m = x->start[leaf]; m < x->start[leaf + 1]; m++) {
+        prefetch((const char *)b->keys + x->order[m] * bytes, bytes);
+        prefetch((const char *)b->values + x->order[m] * bytes, bytes);
     }
-#else
-    (void)b, (void)token, (void)bytes;
-#endif
 }
 
 /* Copy a leaf's tokens to the next slots of its page and say so in the table. */
@@ -105,9 +101,7 @@ static inline void fill_leaf(int64_t dim, const Shape *s, Tree *t, const Pages *
 CLONES static void fill_leaves(const Shape *s, Tree *t, const Pages *p, const Build *b,
                                const Scratch *x) {
     for (int64_t leaf = 0; leaf < b->num_leaves; leaf++) {
-        if (leaf + 2 < b->num_leaves)
-            for (int64_t m = x->start[leaf + 2]; m < x->start[leaf + 3]; m++)
-                prefetch_token(b, x->order[m], s->dim * element_size(s));
+        prefetch_leaf(b, x, leaf + LEAVES_AHEAD, s->dim * element_size(s));
         BY_DIM(s->dim, fill_leaf, s, t, p, b, x, leaf)
     }
 }

@@ -7,6 +7,8 @@
 #include "nearest.h"
 #include "vector.h"
 
+#define POINTS_AHEAD 16
+
 /* The points of a row, as they come. */
 typedef struct {
     const void *data; /* [num, dim] */
@@ -107,9 +109,11 @@ CLONES static void find_centre(Scratch *s, const Points *points) {
 /* Read `num` points, centred: those of `numbers`, or every stride-th from the first on. */
 CLONES static void gather(const Scratch *s, const Points *points, const int32_t *numbers,
                           int64_t first, int64_t stride, int64_t num) {
-    int64_t dim = points->dim;
+    int64_t dim = points->dim, bytes = dim * (points->dtype == FLOAT32 ? 4 : 2);
     for (int64_t i = 0; i < num; i++) {
         int64_t number = numbers ? numbers[i] : first + i * stride;
+        if (numbers && i + POINTS_AHEAD < num)
+            prefetch((const char *)points->data + numbers[i + POINTS_AHEAD] * bytes, bytes);
         float *out = s->x + i * dim;
         to_float(points->data, number * dim, points->dtype, out, dim);
         for (int64_t k = 0; k < dim; k++) out[k] -= s->centre[k];

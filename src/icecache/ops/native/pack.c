@@ -46,7 +46,7 @@ EXPORT int64_t icecache_pack(const int64_t *sizes, const int64_t *parents, int64
         if (parents[i] > high) high = parents[i];
     }
     int64_t range = high - low + 1, widest = range > page_size ? range : page_size + 1;
-    int32_t *memory = malloc(sizeof(int32_t) * (size_t)(3 * num + widest + 1 + page_size + 1));
+    int32_t *memory = calloc((size_t)(3 * num + widest + 1 + page_size + 1), sizeof(int32_t));
     if (!memory) return -1;
     int32_t *order = memory, *by_size = order + num, *below = by_size + num;
     int32_t *open = below + num, *count = open + page_size + 1;

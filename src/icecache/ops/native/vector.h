@@ -21,6 +21,15 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+/* Bytes that will be read soon. */
+static inline void prefetch(const void *data, int64_t bytes) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)data + i);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 static inline float larger(float a, float b) { return a > b ? a : b; }
 
 static inline float dot(const float *a, const float *b, int64_t dim) {
