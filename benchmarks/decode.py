@@ -196,7 +196,7 @@ def show(report: dict[str, Any]) -> None:
     """The rows as a table, and below it what was left out."""
     rows = [_cells(row) for row in report["rows"]]
     times = ["ratio", "cache", "context", "median ms", "p99 ms", "prefill s", "agreement"]
-    print_table(f"decode: {_title(report)}", rows, times)
+    print_table(f"decode: {_title(report)}; * synthetic", rows, times)
     print_table("memory", rows, ["cache", "context", "KV MiB", "peak RSS MiB"])
     for one in report["left_out"]:
         at = f" at {one['context']} tokens" if one["context"] else ""
@@ -207,7 +207,7 @@ def show(report: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
     cells = {
         **row,
-        "context": f"{row['context']}{' synthetic' * row['synthetic']}",
+        "context": f"{row['context']}{'*' * row['synthetic']}",
         "median ms": row["tpot_ms_median"],
         "p99 ms": row["tpot_ms_p99"],
         "prefill s": row["prefill_s"],

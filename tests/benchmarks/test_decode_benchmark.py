@@ -102,7 +102,10 @@ def test_without_the_full_cache_there_is_nothing_to_compare_with(subject: Subjec
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_the_filled_caches_hold_the_same(subject: Subject, real: bool) -> None:
+def test_the_filled_caches_hold_the_same(
+    subject: Subject, real: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_measure, "CHUNK", 128)
     case = make_case(subject, 300, real=real)
     names = ["dynamic", "icecache", "static"]
     players = [Player(name, Opening(subject.model, 303, SETTINGS)) for name in names]
@@ -117,7 +120,9 @@ def test_the_filled_caches_hold_the_same(subject: Subject, real: bool) -> None:
         for player in players:
             with player.attached():
                 decode_measure.decode(player, torch.ones(1, 1, dtype=torch.long), 3)
-    assert stages == ([f"prefill {name}" for name in names] if real else ["synthetic context"] * 2)
+    chunks = [f"prefill {name}" for name in names for _ in range(3)]
+    assert stages == (chunks if real else ["synthetic context"] * 2)
+    assert len(stages) == case.num_stages(subject, 3) - 3 * len(case.blocks)
     stats = ours.stats()
     assert stats.sparse_steps == 6
     assert stats.tokens == theirs.get_seq_length() == players[2].cache.get_seq_length() == 303
