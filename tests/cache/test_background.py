@@ -1,4 +1,4 @@
-"""Trees built in another thread: the same trees, waited for, errors where the layer is used next."""
+"""Trees built in another thread: the same trees, waited for; errors come at the next use."""
 
 import copy
 import threading

@@ -20,6 +20,7 @@ def estimate_bytes(config: IceCacheConfig, rows: int, tokens: int, dim: int, siz
 def transient_bytes(rows: int, tokens: int, dim: int, dtype: torch.dtype) -> int:
     """Return the bytes that are needed beside the pages while they are filled.
 
-    The tail and a flat copy in the model's dtype, and the keys twice in float32.
+    The tail and a flat copy in the model's dtype, some 32 bytes of numbers a token, and one row's
+    keys in float32.
     """
-    return rows * tokens * (2 * 2 * dim * dtype.itemsize + 2 * 4 * dim)
+    return rows * tokens * (2 * 2 * dim * dtype.itemsize + 32) + 4 * dim * tokens
