@@ -12,7 +12,11 @@ from tests.descent import children_of
 from tests.helpers import HAS_NATIVE, clustered, make_query, make_tokens
 from tests.trees import TINY, add_tokens, assert_true_summaries, check, tiny_indexed
 
-pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the compiled ops are not installed")
+# lists of pages that broke can go round in circles
+pytestmark = [
+    pytest.mark.skipif(not HAS_NATIVE, reason="the compiled ops are not installed"),
+    pytest.mark.timeout(120),
+]
 
 
 def _assert_same(ours: IndexedTokens, theirs: IndexedTokens) -> None:

@@ -58,5 +58,6 @@ class Background:
 
 
 def _run(task: Callable[[], None], inference: bool) -> None:
-    with torch.no_grad(), torch.inference_mode(inference):
+    # in this order: leaving inference mode out would turn gradients on again
+    with torch.inference_mode(inference), torch.no_grad():
         task()

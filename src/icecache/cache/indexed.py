@@ -160,7 +160,10 @@ class IndexedTokens:
     def _open_leaves(self, per_row: list[int]) -> list[int]:
         """Return each row's first new leaf."""
         room = max(num + int(had) for num, had in zip(per_row, self.leaves.num, strict=True))
-        self.leaves.reserve(room + room // 4 + self._growth_tokens // self._config.leaf_target)
+        spare = self._growth_tokens // self._config.leaf_target
+        # not at every chunk of a prompt: each time all leaves are moved
+        if room + spare > self.leaves.capacity:
+            self.leaves.reserve(room + room // 4 + spare)
         return [self.leaves.add(row, num) for row, num in enumerate(per_row)]
 
     def _lay_out(self, leaves: Leaves) -> Tensor:

@@ -42,25 +42,27 @@ def paper_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
         promoted = lifted[::_PROMOTION_STRIDE]
         cell = torch.cat([(x @ promoted.T).argmax(1) for x in torch.split(lifted, 4096)])
         order = sort_within(cell, lifted @ direction)
-        leaf, parent = _cut_cells(cell[order], config.leaf_target)
+        leaf, parent = _cut_cells(cell[order], config.leaf_target, 2 * config.fan_out)
         row_ids = torch.empty_like(leaf)
         row_ids[order] = leaf + num_leaves
         ids.append(row_ids)
         parents.append(parent + num_parents)
         per_row.append(parent.numel())
         num_leaves += parent.numel()
-        num_parents += promoted.shape[0]
+        num_parents += int(parent[-1]) + 1
     return siblings_together(Leaves(torch.cat(ids), per_row, torch.cat(parents)))
 
 
-def _cut_cells(cell: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Cut each cell, given sorted, in equal runs of about `target`; return leaf and its cell."""
+def _cut_cells(cell: Tensor, target: int, most: int) -> tuple[Tensor, Tensor]:
+    """Cut each cell, given sorted, in runs of about `target`; a parent has `most` of its leaves."""
     leaf = torch.empty_like(cell)
     parents: list[int] = []
-    start = 0
-    for number, size in enumerate(torch.bincount(cell).tolist()):
+    start, number = 0, -1
+    for size in torch.bincount(cell).tolist():
         pieces = math.ceil(size / target)
-        for run in torch.arange(start, start + size).tensor_split(pieces) if size else ():
+        runs = torch.arange(start, start + size).tensor_split(pieces) if size else ()
+        for piece, run in enumerate(runs):
+            number += piece % most == 0
             leaf[run] = len(parents)
             parents.append(number)
         start += size

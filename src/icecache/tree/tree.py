@@ -208,7 +208,8 @@ class Tree:
         row_of_node = row[begins]
         per_row = torch.bincount(row_of_node, minlength=self.num_rows).tolist()
         room = max(int(have) + new for have, new in zip(above.num, per_row, strict=True))
-        above.reserve(room + max(room // 4, below.capacity // self.most_children))
+        if room > above.capacity:
+            above.reserve(room + max(room // 4, below.capacity // self.most_children))
         firsts = [above.add(r, num) if num else 0 for r, num in enumerate(per_row)]
         numbers = [torch.arange(f, f + n) for f, n in zip(firsts, per_row, strict=True)]
         node = torch.cat([numbers[r] for r in dict.fromkeys(row_of_node.tolist())])
