@@ -152,3 +152,24 @@ def test_a_prompt_in_inference_mode(executor: ThreadPoolExecutor) -> None:
         layer.append(*make_tokens(2, 1, 1))
         layer.check_integrity()
     assert bool(out.isfinite().all())
+
+
+def test_after_the_threads_ended_builds_run_at_once() -> None:
+    """Nothing that was taken in is lost, and nothing is taken in twice."""
+    pool = ThreadPoolExecutor(1)
+    layer = _layer(pool)
+    pool.shutdown()
+    layer.prefill(*make_tokens(0, 1, 300))
+    assert (layer.num_tokens, layer.phase) == (300, Phase.INDEXED)
+    layer.check_integrity()
+
+
+def test_a_build_in_a_thread_runs_without_gradients(
+    executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    _hold(monkeypatch, lambda: seen.append(torch.is_grad_enabled()))
+    layer = _layer(executor)
+    layer.prefill(*make_tokens(0, 1, 300))
+    assert layer.num_tokens == 300
+    assert seen == [False]

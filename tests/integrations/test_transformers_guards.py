@@ -10,6 +10,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from zoo import SMALL, build, family, greedy, left_padded
 
 import icecache
+from icecache.cache.estimate import transient_bytes
 from icecache.errors import (
     ConfigError,
     HostMemoryExceeded,
@@ -17,6 +18,7 @@ from icecache.errors import (
     InputError,
     UnsupportedModel,
 )
+from icecache.integrations.transformers.threads import most_unfinished
 from icecache.store import memory
 
 IDS, MASK = left_padded([30, 40])
@@ -258,9 +260,12 @@ def test_memory_is_asked_for_all_layers_at_once(
         model(ids[:, :100], past_key_values=cache)
         before = _columns(cache)
         one_layer = cache.layers[0].core.estimate_bytes(1, 100)
+        unfinished = most_unfinished() * transient_bytes(2, 100, 16, torch.float32)
         # enough for the first layer and what it needs in passing, but not for all four
         monkeypatch.setattr(memory, "available_host_bytes", lambda: 3 * one_layer)
-        with pytest.raises(HostMemoryExceeded, match=f"{4 * one_layer:,} bytes needed"):
+        with pytest.raises(
+            HostMemoryExceeded, match=f"{4 * one_layer + unfinished:,} bytes needed"
+        ):
             model(ids[:, 100:], past_key_values=cache)
         monkeypatch.undo()
         assert _columns(cache) == before

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icecache.config import IceCacheConfig
+from icecache import IceCacheConfig, IceCacheLayer
 from icecache.tree.paper import lift, paper_leaves
 from tests.helpers import clustered, make_query
 
@@ -55,3 +55,16 @@ def test_the_seed_is_the_direction() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_cell_of_equal_keys_is_cut_into_parents_of_bounded_size() -> None:
+    """A parent of the build becomes a node of the tree, which holds so many leaves at most."""
+    config = IceCacheConfig.paper(budget=128)
+    layer = IceCacheLayer(config, num_kv_heads=1, head_dim=16, dtype=torch.float32)
+    same = torch.ones(1, 1, 5000, 16)
+    layer.prefill(same, same)
+    layer.attend(same[:, :, :1])
+    layer.check_integrity()
+    for _ in range(60):
+        layer.append(same[:, :, :1], same[:, :, :1])
+    layer.check_integrity()

@@ -14,7 +14,7 @@ class Background:
     Parameters
     ----------
     executor : Executor, optional
-        Whose threads run the tasks; without one they run at once.
+        Whose threads run the tasks; without one, or once it was shut down, they run at once.
     """
 
     def __init__(self, executor: Executor | None) -> None:
@@ -38,7 +38,13 @@ class Background:
             task()
             return
         # both modes belong to a thread, and tensors of one cannot be written in the other
-        self._future = self._executor.submit(_run, task, torch.is_inference_mode_enabled())
+        mode = torch.is_inference_mode_enabled()
+        try:
+            self._future = self._executor.submit(_run, task, mode)
+        except RuntimeError:
+            # shut down: what was taken in must not be lost for that
+            self._executor = None
+            task()
 
     def wait(self) -> None:
         """Wait for the task; what it raised is raised here, once."""

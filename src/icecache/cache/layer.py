@@ -82,6 +82,10 @@ class IceCacheLayer:
         self._counters = Counters()
         self._unsettled = 0
 
+    def __getstate__(self) -> dict[str, object]:
+        self._background.wait()
+        return self.__dict__
+
     @property
     def _context(self) -> Context | None:
         self._background.wait()

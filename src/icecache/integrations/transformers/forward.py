@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from icecache.cache.estimate import transient_bytes
 from icecache.cache.layer import IceCacheLayer
 from icecache.errors import InputError
 from icecache.integrations.transformers.layer import ManagedLayer
 from icecache.integrations.transformers.padding import Padding
+from icecache.integrations.transformers.threads import most_unfinished
 from icecache.store.memory import check_host_memory
 
 __all__ = ["ForwardPass"]
@@ -129,7 +131,12 @@ class ForwardPass:
             dtype=keys.dtype,
             device=keys.device,
         )
-        check_host_memory(len(self._managed) * one.estimate_bytes(keys.shape[0], keys.shape[2]))
+        batch, heads, tokens, dim = keys.shape
+        unfinished = most_unfinished() if self._managed[0].settings.overlap else 1
+        check_host_memory(
+            len(self._managed) * one.estimate_bytes(batch, tokens)
+            + unfinished * transient_bytes(batch * heads, tokens, dim, keys.dtype)
+        )
 
     def _take_back(self, layer: ManagedLayer) -> None:
         if self._past == 0:
