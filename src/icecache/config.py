@@ -35,7 +35,7 @@ class IceCacheConfig:
     fan_out : int, default 12
         Leaves, or nodes, that share a parent node when a tree is built; a node holds twice as
         many at most.
-    crossover : int, default 4096
+    crossover : int, default 16384
         Leaves up to which a row is scanned flat; with more, a search descends from the top. A row
         of no more leaves than the budget has tokens is always scanned flat.
     field_of_view : int, default 256
@@ -91,7 +91,7 @@ class IceCacheConfig:
     leaf_target: int = 5
     page_size: int = 16
     fan_out: int = 12
-    crossover: int = 4096
+    crossover: int = 16384
     field_of_view: int = 256
     remainder: bool | None = None
     selection: Selection = "tree"
