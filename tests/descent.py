@@ -41,7 +41,7 @@ def children_of(tree: Tree, number: int, row: int) -> list[list[int]]:
 
 
 def estimate(
-    level: Level,
+    tree: Tree,
     number: int,
     row: int,
     ids: list[int],
@@ -50,8 +50,8 @@ def estimate(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what leaves or nodes weigh for a query: logits and corrections, shape [n] each."""
-    s = level.at(row, torch.tensor(ids, dtype=torch.int64))
-    logits = scaling * (s.keys() @ q)
+    s = tree.levels[number].at(row, torch.tensor(ids, dtype=torch.int64))
+    logits = scaling * ((tree.leaves.centre[row] + s.keys()) @ q)
     correction = 0.5 * scaling**2 * (q @ q) * s.spread.float() / q.shape[0]
     if softcap is not None:
         slope = 1 - torch.tanh(logits / softcap) ** 2
@@ -82,7 +82,7 @@ def slow_descent(
             worth, likely = torch.zeros(len(frontier)), []
             for q, rest in zip(queries, beside, strict=True):
                 logits, correction = estimate(
-                    tree.levels[number], number, row, frontier, q, scaling, softcap
+                    tree, number, row, frontier, q, scaling, softcap
                 )
                 likely.append(logits + correction)
                 total = torch.logaddexp(likely[-1].logsumexp(0), rest)

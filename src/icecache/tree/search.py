@@ -107,7 +107,14 @@ class TreeIndex(NamedTuple):
         """Score leaves; query: [rows, heads, head_dim], beside: [rows, heads], both float32."""
         s = self.tree.leaves.view()
         logits, correction = self.ops.score_leaves(
-            query, s.key_mean, s.key_scale, s.count, s.spread, scaling, softcap
+            query,
+            self.tree.leaves.centre,
+            s.key_mean,
+            s.key_scale,
+            s.count,
+            s.spread,
+            scaling,
+            softcap,
         )
         correction = correction.clamp(max=LARGEST_LEAF_CORRECTION)
         num = self.tree.leaves.num
@@ -168,6 +175,7 @@ class TreeIndex(NamedTuple):
         s = self.tree.levels[level].at(row, at)
         logits, correction = self.ops.score_leaves(
             query[None],
+            self.tree.leaves.centre[row][None],
             s.key_mean[None],
             s.key_scale[None],
             s.count[None],

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 3
+_VERSION = 4
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -66,8 +66,7 @@ class Tree(ctypes.Structure):
 
     _fields_ = [
         ("level", Level * MOST_LEVELS),
-        ("page", c_void_p),
-        ("slots", c_void_p),
+        *((name, c_void_p) for name in ("page", "slots", "centre")),
         ("num_levels", c_int64),
     ]
 

@@ -123,17 +123,18 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     for (int64_t g = 0; g < s->heads; g++) {
         const float *q = query + g * s->dim;
         float half_norm = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
+        float centre = s->scaling * dot(q, t->centre + row * s->dim, s->dim);
         float *logits = f->logits + g * f->stride + from;
         float *correction = f->correction + g * f->stride + from;
         if (s->softcap <= 0.0f) {
             for (int64_t i = 0; i < num; i++) {
                 float second = half_norm * spread[i];
-                logits[i] = scale[i] * logits[i] + more[i];
+                logits[i] = scale[i] * logits[i] + (centre + more[i]);
                 correction[i] = second < largest ? second : largest;
             }
         } else {
             for (int64_t i = 0; i < num; i++) {
-                float squashed = tanhf(scale[i] * logits[i] / s->softcap);
+                float squashed = tanhf((scale[i] * logits[i] + centre) / s->softcap);
                 float slope = 1.0f - squashed * squashed;
                 float second = half_norm * spread[i] * slope * slope;
                 logits[i] = s->softcap * squashed + more[i];

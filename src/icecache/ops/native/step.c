@@ -219,7 +219,7 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
 EXPORT int64_t icecache_layout(void) {
     int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
                        sizeof(Result)};
-    int64_t all = 3;
+    int64_t all = 4;
     for (int i = 0; i < 6; i++) all = all * 1009 + sizes[i];
     return all;
 }
