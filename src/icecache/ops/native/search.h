@@ -2,17 +2,14 @@
 #ifndef ICECACHE_SEARCH_H
 #define ICECACHE_SEARCH_H
 
+#include "best.h"
 #include "layer.h"
 
 #define LARGEST_LEAF_CORRECTION 2.0f
 #define LARGEST_NODE_CORRECTION 4.0f
 
-typedef struct {
-    float worth;
-    int32_t id, entry;
-} Candidate;
-
-/* Entries: the nodes that were not expanded, then the leaves that were scored. */
+/* Entries: the nodes that were scored, then the leaves. Chosen are nodes that were expanded and
+ * leaves to be attended exactly; the others are attended through their summaries. */
 typedef struct {
     int64_t stride, num_far, num, nodes_scored, selected;
     int32_t *id;
