@@ -34,6 +34,11 @@ class LeafTable(Level):
         self.centre = torch.zeros(num_rows, head_dim)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the leaves in use and of the centres."""
+        return super().nbytes + self.centre.nbytes
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all leaves."""
         return int(self.counts().sum())

@@ -62,7 +62,7 @@ class Tree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of leaves and nodes in use."""
+        """Bytes of leaves and nodes in use, and of the rows' centres."""
         return sum(level.nbytes for level in self.levels)
 
     def top(self, row: int) -> int:
