@@ -95,11 +95,13 @@ class TreeIndex(NamedTuple):
     tree : Tree
     config : IceCacheConfig
     ops : the ops that score
+    is_flat : whether rows of any length are scanned flat
     """
 
     tree: Tree
     config: IceCacheConfig
     ops: ModuleType
+    is_flat: bool = False
 
     def search(
         self, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
@@ -123,7 +125,8 @@ class TreeIndex(NamedTuple):
         for row in range(self.tree.num_rows):
             far.append([])
             leaves_scored += int(num[row])
-            if num[row] <= self.config.most_flat_leaves or self.tree.top(row) == 0:
+            is_short = num[row] <= self.config.most_flat_leaves
+            if self.is_flat or is_short or self.tree.top(row) == 0:
                 continue
             near, far[row], scored = self._descend(row, query[row], beside[row], scaling, softcap)
             unseen = torch.ones(logits.shape[2], dtype=torch.bool)

@@ -259,6 +259,16 @@ void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float
     choose(s, f, num);
 }
 
+void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                       const float *log_of, Found *f) {
+    int64_t num = t->level[0].num[row];
+    f->num_far = f->nodes_scored = 0;
+    f->num = num;
+    for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
+    score(s, t, 0, row, query, log_of, 0, num, f);
+    memset(f->chosen, 0, (size_t)num);
+}
+
 int64_t icecache_most_entries(const Shape *s, const Tree *t) {
     int64_t most = 1, children = s->field_of_view * s->most_children;
     for (int64_t row = 0; row < s->rows; row++) {

@@ -30,4 +30,13 @@ void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads);
 void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
                          const float *fixed_lse, const float *log_of, Found *f);
 
+/* Score all leaves of a row and choose none. */
+void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                       const float *log_of, Found *f);
+
+/* After a scan: take the tokens at `wanted`, [room], -1 where there is none, and leave the rest of
+ * their leaves. Writes each key's element in the pool; returns their number, -1 without memory. */
+int64_t icecache_take_given(const Shape *s, const Tree *t, const Pages *p, int64_t row,
+                            const int32_t *wanted, Found *f, int64_t *token);
+
 #endif
