@@ -10,7 +10,17 @@ setup(
             "icecache.ops._native",
             sources=[
                 f"src/icecache/ops/native/{name}.c"
-                for name in ("search", "given", "step", "path", "grow", "insert", "group", "pack", "fill")
+                for name in (
+                    "search",
+                    "given",
+                    "step",
+                    "path",
+                    "grow",
+                    "insert",
+                    "group",
+                    "pack",
+                    "fill",
+                )
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"

@@ -81,9 +81,7 @@ def slow_descent(
             scored += len(frontier)
             worth, likely = torch.zeros(len(frontier)), []
             for q, rest in zip(queries, beside, strict=True):
-                logits, correction = estimate(
-                    tree, number, row, frontier, q, scaling, softcap
-                )
+                logits, correction = estimate(tree, number, row, frontier, q, scaling, softcap)
                 likely.append(logits + correction)
                 total = torch.logaddexp(likely[-1].logsumexp(0), rest)
                 error = correction.sqrt() if config.estimates_remainder else 1.0

@@ -84,7 +84,9 @@ def assert_true_summaries(indexed: IndexedTokens) -> None:
                 largest_scale[name] = max(largest_scale[name], scale)
                 # each level rounds once, to half a code and a little more where bfloat16 clips
                 off = float((kept - mean).abs().max())
-                assert off <= 0.8 * (number + 1) * largest_scale[name] + 1e-5, f"{row}, {number}, {name}"
+                assert off <= 0.8 * (number + 1) * largest_scale[name] + 1e-5, (
+                    f"{row}, {number}, {name}"
+                )
             # rounding is counted as spread, once a level; the spreads are bfloat16
             rounding = (number + 1) * level.head_dim * largest_scale["key"] ** 2
             off = (s.spread.float() - spread).abs() - 2**-7 * (number + 1) * spread

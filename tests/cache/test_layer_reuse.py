@@ -70,9 +70,7 @@ def _expected(
                 if softcap is not None:
                     slope = 1 - math.tanh(logit / softcap) ** 2
                     logit, second = softcap * math.tanh(logit / softcap), second * slope**2
-                logits.append(
-                    logit + math.log(len(left)) + config.spread_weight * min(second, 2.0)
-                )
+                logits.append(logit + math.log(len(left)) + config.spread_weight * min(second, 2.0))
                 parts.append(s.values()[leaf].double())
             share = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
             out[row, head] = share @ torch.stack(parts)
@@ -106,9 +104,7 @@ def test_a_layers_own_selection_of_whole_leaves_changes_nothing(backend: str) ->
     query = _query(5)
     own = layer.attend(query)
     assert layer.selection is not None
-    assert torch.equal(
-        layer.selection.sort(1).values, layer.search(query).positions.sort(1).values
-    )
+    assert torch.equal(layer.selection.sort(1).values, layer.search(query).positions.sort(1).values)
     again = layer.attend(query, positions=layer.selection)
     assert largest_error(again, own) < 1e-6
 
