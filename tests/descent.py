@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig
-from icecache.tree.level import NONE, Level
+from icecache.tree.level import NONE
 from icecache.tree.tree import Tree
 
 

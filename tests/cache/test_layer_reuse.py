@@ -133,7 +133,7 @@ def test_bad_positions_change_nothing() -> None:
     ):
         with pytest.raises(InputError, match=message):
             layer.attend(query_tokens, positions=positions)
-    with pytest.raises(InputError, match="torch.Tensor"):
+    with pytest.raises(InputError, match=r"torch\.Tensor"):
         layer.attend(query, positions=[1])  # type: ignore[arg-type]
     assert layer.stats().sparse_steps == 0
     layer.append(*torch.randn(2, 2, HEADS, 3, DIM))

@@ -16,7 +16,7 @@ class Ask(NamedTuple):
     scaling : float. Of the logits.
     softcap : float, optional. Logits become softcap * tanh(logits / softcap).
     sink_logits : shape [rows, heads], optional. Learned logits without a value.
-    positions : shape [rows, most], int32, optional. Tokens to attend instead of choosing; -1 behind.
+    positions : shape [rows, most], integer, optional. Tokens to attend, not to choose; -1 behind.
     """
 
     query: Tensor
