@@ -26,7 +26,7 @@ setup(
                 f"src/icecache/ops/native/{name}.h"
                 for name in (
                     *("layer", "vector", "search", "pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best"),
+                    *("nearest", "nearest_tile", "cut", "best", "dots"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],
