@@ -7,7 +7,8 @@ large for most queries; it is capped, and the remainder takes only a part of it 
 
 A row of few leaves is scanned flat. A longer one is searched from the top of its tree: the nodes
 of a level are scored in the same way, the best are expanded (`field_of_view` of the nodes above
-the leaves, half as many of a level further up), and the others stay as they are: the far field, attended through the nodes' own summaries.
+the leaves, half as many of a level further up), and the others stay as they are: the far field,
+attended through the nodes' own summaries.
 """
 
 import math
