@@ -73,7 +73,7 @@ class _Asked:
 
 
 class Runner:
-    """Runs an evaluation; everything that can be wrong with the settings is found before it begins.
+    """Runs an evaluation; what is wrong with samples or model is found before it begins.
 
     Parameters
     ----------
@@ -83,8 +83,8 @@ class Runner:
 
     Raises
     ------
-    InputError, ConfigError
-        On unknown names, budgets that a method cannot keep, samples that cannot be read.
+    InputError
+        If samples cannot be read, are none, or are longer than the model's context.
     UnsupportedModel
         If the model cannot run with IceCache.
     """
@@ -99,8 +99,6 @@ class Runner:
             raise InputError(f"{report.model_type} has no layer with full attention to compare")
         methods = parse_methods(list(settings.methods))
         self._cells = _cells(methods, settings.budgets)
-        for cell in self._cells:
-            cell.method.method.check(cell.budget or 0, len(report.managed))
         self._prompter = Prompter(tokenizer, settings.overlong)
         self.works = [self._choose(task, n) for task, n in self._tasks()]
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from icecache.errors import InputError
+from icecache.evaluation.methods.registry import parse_methods
 from icecache.evaluation.prompting import Overlong
+from icecache.evaluation.tasks.registry import find_tasks
 
 __all__ = ["RunSettings"]
 
@@ -49,7 +51,9 @@ class RunSettings:
     Raises
     ------
     InputError
-        On a value outside its rule.
+        On an unknown name or a value outside its rule.
+    ConfigError
+        On a method's parameter outside its rule, or a budget that it cannot keep.
     """
 
     model: str
@@ -88,6 +92,10 @@ class RunSettings:
                 raise InputError(f"--{name} must be at least {low}, got {value}")
         if self.overlong not in ("middle", "skip"):
             raise InputError(f"--overlong must be middle or skip, got {self.overlong!r}")
+        find_tasks(list(self.tasks))
+        for named in parse_methods(list(self.methods)):
+            for budget in self.budgets:
+                named.method.check(budget)
         for name in ("budgets", "lengths"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"--{name} has a value twice")

@@ -166,5 +166,6 @@ def _step(model: PreTrainedModel, cache: Cache, token: int, probe: Probe | None)
 
 def _best_other(logits: Tensor, banned: set[int]) -> int:
     allowed = logits.clone()
-    allowed[sorted(banned)] = float("-inf")
+    # a config may name ends that its vocabulary does not have
+    allowed[[token for token in banned if token < len(logits)]] = float("-inf")
     return int(allowed.argmax())

@@ -55,7 +55,7 @@ class Method(ABC):
         """Make a method from ``key=value`` texts; `ConfigError` on an unknown key or bad value."""
 
     @abstractmethod
-    def check(self, budget: int, num_layers: int) -> None:
+    def check(self, budget: int) -> None:
         """Raise `ConfigError` unless the method can run at this budget, in tokens."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class SelectionMethod(Method):
             found[key] = _parse(cls.name, key, text, known[key].type)
         return cls(**found)
 
-    def check(self, budget: int, num_layers: int) -> None:
+    def check(self, budget: int) -> None:
         """Raise `ConfigError` unless sink, window and one unit of choice fit the budget."""
         least = self.sink + self.window + self.unit
         if budget < least:

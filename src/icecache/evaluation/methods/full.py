@@ -24,7 +24,7 @@ class Full(SelectionMethod):
     paper: ClassVar[str] = "the model itself"
     has_budget: ClassVar[bool] = False
 
-    def check(self, budget: int, num_layers: int) -> None:
+    def check(self, budget: int) -> None:
         """Accept any budget: it is not used."""
 
     def policy(self, budget: int, layer: int) -> "_Everything":

@@ -24,7 +24,7 @@ __all__ = ["IceCacheMethod", "IceCachePaper", "IceCacheReuse"]
 
 @dataclass(frozen=True, slots=True)
 class IceCacheMethod(Method):
-    """IceCache, this library: leaves of the DCI-tree, the remainder through summaries.
+    """IceCache, this library, after arXiv 2604.10539: leaves of a tree, the rest through summaries.
 
     Its parameters are those of `icecache.IceCacheConfig`, sink 16 and window 32 by default.
 
@@ -52,7 +52,7 @@ class IceCacheMethod(Method):
         """Return the config at a budget."""
         return IceCacheConfig.from_kwargs(budget=budget, **self.settings)
 
-    def check(self, budget: int, num_layers: int) -> None:
+    def check(self, budget: int) -> None:
         """Raise `ConfigError` unless the config holds at this budget."""
         try:
             self.config(budget)
@@ -99,10 +99,12 @@ class IceCachePaper(IceCacheMethod):
 
 @dataclass(frozen=True, slots=True)
 class IceCacheReuse(IceCacheMethod):
-    """IceCache(r): the layers of a group share the selection of its first layer.
+    """IceCache(r) (arXiv 2604.10539): the layers of a group share the selection of its first layer.
 
-    The paper's IceCache(r) reuses an index over groups of 3 layers; here ``layer_reuse`` of
-    `icecache.IceCacheConfig`, 3 unless told otherwise. Budget and extra memory as `icecache`'s.
+    The paper's groups have 3 layers; here ``layer_reuse`` of `icecache.IceCacheConfig`, 3 unless
+    told otherwise. Other parameters as `icecache`'s.
+
+    Budget: as `icecache`'s. Extra memory: as `icecache`'s.
     """
 
     name: ClassVar[str] = "icecache-r"
