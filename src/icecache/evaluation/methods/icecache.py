@@ -135,12 +135,15 @@ class IceCacheRun:
         assert core is not None
         if core.phase is not Phase.INDEXED:
             return None
-        selected = core.search(
-            call.query,
-            scaling=call.rule.scaling,
-            softcap=call.rule.softcap,
-            sink_logits=call.rule.sinks,
-        ).positions
+        # layers that share a selection keep it; the others select the same once more
+        selected = getattr(core, "selection", None)
+        if selected is None:
+            selected = core.search(
+                call.query,
+                scaling=call.rule.scaling,
+                softcap=call.rule.softcap,
+                sink_logits=call.rule.sinks,
+            ).positions
         config, total = core.config, core.num_tokens
         ends = torch.cat([torch.arange(config.sink), torch.arange(total - config.window, total)])
         return torch.cat([ends.expand(len(selected), -1).int(), selected], 1)
