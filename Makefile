@@ -29,7 +29,7 @@ test: lint
 # a slice of everything in a quarter of an hour; killed, it goes on where it was
 eval-small: $(VENV)/.eval
 	$(BIN)/icecache eval run --model embedded --methods all --budgets 128 --limit 1 --lengths 1100 \
-		--max-length 1100 --steps 12 --probed-steps 1 --max-new-tokens 20 --out $(RESULTS) \
+		--max-length 1100 --steps 8 --probed-steps 1 --max-new-tokens 10 --out $(RESULTS) \
 		$(if $(wildcard $(DATA)),--data $(DATA) --tasks longbench generated gsm8k,--tasks generated) \
 		$(if $(wildcard $(DATA)/haystack.txt),--haystack $(DATA)/haystack.txt)
 	$(BIN)/icecache eval report $(RESULTS)

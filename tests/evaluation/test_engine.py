@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from icecache.errors import UnsupportedModel
-from icecache.evaluation.engine.attend import Rule, attend_all
+from icecache.evaluation.engine.attend import Rule, Selection, attend_all, attend_selected
 from icecache.evaluation.engine.attention import NAME, Call, evaluation_attention
 from icecache.evaluation.engine.decode import Limits, answer_freely
 from icecache.evaluation.engine.fidelity import LayerProbe, compare
@@ -76,6 +76,19 @@ def test_softcap_and_learned_sinks_are_those_of_the_formula() -> None:
     column = rule.sinks.view(2, 3, 1)  # type: ignore[union-attr]
     weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(attend_all(asked, tokens, rule), weights @ tokens.prompt.values)
+
+
+def test_attention_over_a_selection_is_a_softmax_over_it_and_its_weights() -> None:
+    tokens, asked = make_tokens(20), query()
+    positions = torch.tensor([[3, 7, 19, 0], [1, 2, 5, 0]])
+    valid = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    bias = torch.randn(2, 3, 4)
+    out = attend_selected(asked, tokens, Selection(positions, valid, bias), RULE)
+    for head in range(2):
+        kept = positions[head][valid[head]]
+        logits = asked[head] @ tokens.keys(0, 20)[head, kept].T * RULE.scaling
+        weights = (logits + bias[head][:, valid[head]]).softmax(-1)
+        torch.testing.assert_close(out[head], weights @ tokens.prompt.values[head, kept])
 
 
 def test_the_full_method_has_the_models_own_logits() -> None:

@@ -21,7 +21,7 @@ from icecache.evaluation.settings import RunSettings
 SETTINGS = RunSettings(model="m", tasks=("lcc",), methods=("topk",), budgets=(64,))
 STAMP = {
     **{"icecache": "0", "commit": "c0ffee", "torch": "2", "transformers": "5"},
-    **{"processor": "<fast & small>", "threads": 1, "started": "today"},
+    **{"processor": "<fast & small>", "threads": 1, "started": "today", "prompts": "plain"},
 }
 
 

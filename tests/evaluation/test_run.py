@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from icecache.errors import InputError
-from icecache.evaluation.results.store import load_results
+from icecache.evaluation.results.store import load_results, load_sessions
 from icecache.evaluation.run import Runner
 from icecache.evaluation.settings import RunSettings
 from icecache.integrations.embedded import load
@@ -178,6 +178,7 @@ def test_a_plain_model_without_template_runs(
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _run(tmp_path / "run", _settings(folder, tasks=("passkey",), budgets=(64,), limit=1))
     plain = load_results(tmp_path / "run")
+    assert load_sessions(tmp_path / "run")[0]["prompts"].startswith("plain: the sample's text")
     _run(tmp_path / "chat", _settings(tiny_model, tasks=("passkey",), budgets=(64,), limit=1))
     assert len(plain) == 4
     # the template's own tokens are part of the length asked for

@@ -144,17 +144,17 @@ def test_arkvale_tightens_the_box_to_the_mean_distance() -> None:
     assert (low[0, 0, 0], high[0, 0, 0]) == (1.0, 3.0)
 
 
-def test_pages_that_fill_up_while_generating_are_those_of_a_prompt() -> None:
+@pytest.mark.parametrize("looks_each_step", [True, False])
+def test_pages_that_fill_up_while_generating_are_those_of_a_prompt(looks_each_step: bool) -> None:
     method = Quest(sink=4, window=8, page_size=4)
-    whole, parts = make_tokens(80), make_tokens(80)
-    prompt = parts.prompt
-    short = PromptTokens(prompt.keys[:, :50], prompt.values[:, :50], prompt.queries, prompt.scaling)
-    parts = Tokens(short)
+    prompt = make_tokens(80).prompt
+    parts = Tokens(prompt._replace(keys=prompt.keys[:, :50], values=prompt.values[:, :50]))
     policy = started(method, parts, 40)
     for at in range(50, 80):
         parts.append(prompt.keys[:, at : at + 1], prompt.values[:, at : at + 1])
-        policy.select(query(), parts, RULE)
-    expected = started(method, whole, 40).select(query(), whole, RULE)
+        if looks_each_step:
+            policy.select(query(), parts, RULE)
+    expected = started(method, make_tokens(80), 40).select(query(), make_tokens(80), RULE)
     for head in range(2):
         assert chosen(policy.select(query(), parts, RULE), head) == chosen(expected, head)
 

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from icecache.errors import InputError
+from icecache.evaluation.settings import Overlong
 from icecache.evaluation.tasks.base import Sample, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_PROMPT", "Overlong", "Prompt", "Prompter"]
+__all__ = ["Prompt", "Prompter"]
 
-Overlong = Literal["middle", "skip"]
-PLAIN_PROMPT = "the sample's text as it is, then the beginning of its answer, no template"
+_PLAIN = "plain: the sample's text as it is, then the beginning of its answer"
+_CHAT = "in the model's chat template, plain on few-shot and code tasks"
 
 
 class Prompt(NamedTuple):
@@ -29,7 +30,7 @@ class Prompter:
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        Without a chat template prompts are plain, see `PLAIN_PROMPT`.
+        Without a chat template prompts are plain; `manner` says so.
     overlong : {"middle", "skip"}
         ``"middle"``: cut the middle out of a prompt that is too long, as LongBench does;
         ``"skip"``: pass over it.
@@ -37,6 +38,11 @@ class Prompter:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", overlong: Overlong) -> None:
         self._tokenizer, self._overlong = tokenizer, overlong
+
+    @property
+    def manner(self) -> str:
+        """How prompts are put, in words."""
+        return _PLAIN if self._tokenizer.chat_template is None else _CHAT
 
     def overhead(self, task: Task) -> int:
         """Return the tokens that the template adds."""

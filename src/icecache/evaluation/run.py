@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ from icecache.evaluation.tasks.base import Source, Task
 from icecache.evaluation.tasks.registry import find_tasks
 from icecache.integrations.transformers.support import decoder_config, supports
 
-__all__ = ["Progress", "Runner"]
+__all__ = ["Progress", "Runner", "check_names"]
 
 
 class Progress(Protocol):
@@ -84,7 +85,9 @@ class Runner:
     Raises
     ------
     InputError
-        If samples cannot be read, are none, or are longer than the model's context.
+        If a name is unknown, or samples cannot be read, are none, or are longer than the context.
+    ConfigError
+        As `check_names`.
     UnsupportedModel
         If the model cannot run with IceCache.
     """
@@ -97,14 +100,14 @@ class Runner:
         report.require()
         if not report.managed:
             raise InputError(f"{report.model_type} has no layer with full attention to compare")
-        methods = parse_methods(list(settings.methods))
-        self._cells = _cells(methods, settings.budgets)
+        self._cells = check_names(settings)
         self._prompter = Prompter(tokenizer, settings.overlong)
         self.works = [self._choose(task, n) for task, n in self._tasks()]
 
     def run(self, folder: Path, progress: Progress) -> None:
         """Add to the folder whatever it lacks of this run; see `ResultStore.open` for errors."""
-        with ResultStore.open(folder, self.settings, environment()) as store:
+        session = {**environment(), "prompts": self._prompter.manner}
+        with ResultStore.open(folder, self.settings, session) as store:
             jobs = self._jobs()
             keys = [_key(work, prompt, cell) for work, prompt in jobs for cell in self._cells]
             progress.plan(len(keys), sum(key in store for key in keys))
@@ -235,11 +238,24 @@ class Runner:
         return task.max_new_tokens if most is None else min(most, task.max_new_tokens)
 
 
-def _cells(methods: list[NamedMethod], budgets: tuple[int, ...]) -> list[Cell]:
+def check_names(settings: RunSettings) -> list[Cell]:
+    """Return the methods at their budgets; takes no model, so that a wrong name costs no loading.
+
+    Raises
+    ------
+    InputError
+        On an unknown task or method.
+    ConfigError
+        On a method's parameter outside its rule, or a budget that it cannot keep.
+    """
+    find_tasks(list(settings.tasks))
+    methods = parse_methods(list(settings.methods))
+    for named, budget in product(methods, settings.budgets):
+        named.method.check(budget)
     return [
         Cell(named, budget)
         for named in methods
-        for budget in (sorted(budgets) if named.method.has_budget else [None])
+        for budget in (sorted(settings.budgets) if named.method.has_budget else [None])
     ]
 
 

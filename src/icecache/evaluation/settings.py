@@ -3,14 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from icecache.errors import InputError
-from icecache.evaluation.methods.registry import parse_methods
-from icecache.evaluation.prompting import Overlong
-from icecache.evaluation.tasks.registry import find_tasks
+from icecache.integrations.embedded import EMBEDDED
 
-__all__ = ["RunSettings"]
+__all__ = ["Overlong", "RunSettings"]
+
+Overlong = Literal["middle", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,47 +19,49 @@ class RunSettings:
 
     Parameters
     ----------
-    model : str
-        A folder with a causal language model, or ``"embedded"``.
-    tasks, methods : tuple of str
-        Names of tasks or groups, and of methods, with parameters as ``name:key=value,...``.
-    budgets : tuple of int
+    tasks : tuple of str
+        Tasks and groups of them, see docs/evaluation.md.
+    model : str, default "embedded"
+        A folder with a causal language model, or 'embedded' for SmolLM2-135M.
+    methods : tuple of str, default ("all",)
+        Methods, as name or name:key=value,...; or all.
+    budgets : tuple of int, default (64, 128, 256)
         Tokens that a KV head attends exactly in a step.
     limit : int, optional
-        Samples of each task (and length); without one all that there are.
-    lengths : tuple of int
+        Samples of each task and length; by default all that there are.
+    lengths : tuple of int, default (4096,)
         Tokens of generated prompts, answer included.
-    data, haystack : Path, optional
-        See `icecache.evaluation.tasks.base.Source`.
+    data : Path, optional
+        Folder of data sets; by default they come from the Hugging Face hub.
+    haystack : Path, optional
+        Text that hides needles; by default noise.
     max_length : int, optional
         Most tokens of a prompt; by default what the model's context leaves.
-    overlong : {"middle", "skip"}
-        What happens to longer ones.
-    steps : int
+    overlong : {"middle", "skip"}, default "middle"
+        Cut the middle out of longer prompts, or pass over them.
+    steps : int, default 32
         Teacher-forced steps that fidelity is measured on.
-    probed_steps : int
+    probed_steps : int, default 4
         How many of them are measured layer by layer.
     max_new_tokens : int, optional
         Longest answer, if shorter than the task's own.
-    answers : bool
-        Whether methods answer freely, to be scored; fidelity alone takes half the time.
-    dtype : str
-        Of the weights.
-    seed : int
+    answers : bool, default True
+        Let every method answer, to be scored by the task's metric.
+    dtype : str, default "float32"
+        Of the weights: float32, bfloat16 or float16.
+    seed : int, default 0
         Of generated prompts.
 
     Raises
     ------
     InputError
-        On an unknown name or a value outside its rule.
-    ConfigError
-        On a method's parameter outside its rule, or a budget that it cannot keep.
+        On a value outside its rule; names are checked by `icecache.evaluation.run.check_names`.
     """
 
-    model: str
     tasks: tuple[str, ...]
-    methods: tuple[str, ...]
-    budgets: tuple[int, ...]
+    model: str = EMBEDDED
+    methods: tuple[str, ...] = ("all",)
+    budgets: tuple[int, ...] = (64, 128, 256)
     limit: int | None = None
     lengths: tuple[int, ...] = (4096,)
     data: Path | None = None
@@ -92,10 +94,6 @@ class RunSettings:
                 raise InputError(f"--{name} must be at least {low}, got {value}")
         if self.overlong not in ("middle", "skip"):
             raise InputError(f"--overlong must be middle or skip, got {self.overlong!r}")
-        find_tasks(list(self.tasks))
-        for named in parse_methods(list(self.methods)):
-            for budget in self.budgets:
-                named.method.check(budget)
         for name in ("budgets", "lengths"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"--{name} has a value twice")

@@ -63,7 +63,7 @@ def _facts(results: Results, sessions: list[dict[str, Any]]) -> list[tuple[str, 
         ("model", f"{settings['model']}, {settings['dtype']}"),
         ("samples", f"{results.num_samples} of {len(results.tasks)} tasks"),
         ("forced steps", str(settings["steps"])),
-        ("prompts", _prompts(settings)),
+        ("prompts", f"{latest['prompts']}; {_within(settings)}"),
         ("seed", str(settings["seed"])),
     ]
     if results.num_partial:
@@ -75,7 +75,7 @@ def _facts(results: Results, sessions: list[dict[str, Any]]) -> list[tuple[str, 
     return facts
 
 
-def _prompts(settings: dict[str, Any]) -> str:
+def _within(settings: dict[str, Any]) -> str:
     longest = settings["max_length"]
     within = "the model's context" if longest is None else f"{longest:,} tokens"
     kept = "cut in the middle" if settings["overlong"] == "middle" else "passed over"
