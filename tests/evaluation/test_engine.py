@@ -2,6 +2,7 @@
 
 import copy
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -277,6 +278,45 @@ def test_a_probe_measures_mass_and_error_of_what_was_attended() -> None:
     full, found = weights @ values, part @ values[:, kept]
     error = (found - full).norm(dim=-1) / full.norm(dim=-1)
     assert probe.error[2] == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_a_probe_counts_no_position_for_minus_one() -> None:
+    model = build(family("llama"))
+    prefill, reference = full_answer(model, IDS, steps(1))
+    masses = []
+    for positions in ([[7, 9], [7, 9]], [[7, -1], [7, -1]], [[0, 7], [0, 7]]):
+        attended = torch.tensor(positions)
+        probe = LayerProbe(prefill, lambda layer, call, attended=attended: attended)
+        with torch.inference_mode(), evaluation_attention(model):
+            cache = Full().open(model, prefill, 0).cache
+            model(torch.tensor([reference.tokens]), past_key_values=cache, probe=probe)
+        masses.append(probe.mass[0])
+    assert masses[1] < masses[0]
+    assert masses[1] < masses[2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"selection": "exact"}, {"unit": "page"}])
+def test_the_positions_of_icecache_are_those_it_attended(settings: dict[str, Any]) -> None:
+    model = build(family("llama"))
+    prefill, reference = full_answer(model, IDS, steps(3))
+    tokens = {index: Tokens(prompt) for index, prompt in prefill.prompts.items()}
+    method = IceCacheMethod({**ICE, "remainder": False, **settings})
+
+    class Spy:
+        def see(self, call: Call, output: torch.Tensor) -> None:
+            layer = call.module.layer_idx
+            tokens[layer].append(call.key[0], call.value[0])
+            positions = run.attended(layer, call)
+            chosen = Selection(positions.long().clamp(min=0), positions >= 0)
+            query = call.query[0].view(2, -1, 16)
+            expected = attend_selected(query, tokens[layer], chosen, call.rule)
+            torch.testing.assert_close(output.view(expected.shape), expected)
+
+    with torch.inference_mode(), evaluation_attention(model):
+        run = method.open(model, prefill, 24)
+        for token in reference.tokens:
+            model(torch.tensor([[token]]), past_key_values=run.cache, probe=Spy())
+        run.close()
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -63,6 +63,7 @@ def test_overlong_prompts_lose_their_middle_or_are_passed_over(
     assert [len(prompt.token_ids) for prompt in cut[:3]] == [
         len(prompt.token_ids) for prompt in whole[:3]
     ]
+    assert len(cut) == 5
     for prompt in cut[3:]:
         assert most - 4 <= len(prompt.token_ids) <= most
         text = tokenizer.decode(prompt.token_ids)

@@ -52,6 +52,21 @@ def _run(folder: Path, settings: RunSettings) -> _Silent:
 
 
 @pytest.fixture(scope="module")
+def tiny_model(smollm2: SmolLM2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with weights so large that attention decides what it says."""
+    folder = tmp_path_factory.mktemp("sharp-llama")
+    config = LlamaConfig(
+        **{"vocab_size": len(smollm2[1]), "hidden_size": 64, "intermediate_size": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"max_position_embeddings": 2048, "initializer_range": 0.3},
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smollm2[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unbroken run."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
@@ -77,6 +92,15 @@ def test_a_run_has_a_result_for_everything_asked(finished: Path) -> None:
     # by turns of the tasks, so that a run cut short has some of each
     order = list(dict.fromkeys((record.task, record.id) for record in records))
     assert order == [(task, f"0-{n}") for n in (0, 1) for task in ("passkey@700", "ruler_qa@700")]
+
+
+def test_a_method_that_parts_from_the_full_cache_answers_for_itself(finished: Path) -> None:
+    records = load_results(finished)
+    full = {(r.task, r.id): r for r in records if r.method == "full"}
+    same = {(r.top1 == 1.0, r.answer == full[r.task, r.id].answer) for r in records}
+    # the answer is as long as the forced steps, whose last token is beyond it
+    assert (True, True) in same and (False, False) in same
+    assert (True, False) not in same
 
 
 def test_a_finished_run_does_nothing_again(finished: Path, tiny_model: Path) -> None:
