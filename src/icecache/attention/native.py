@@ -142,6 +142,7 @@ def _call(
         len(spans),
         pointer(ask.query),
         pointer(sinks),
+        torch.get_num_threads(),
         ctypes.byref(result),
     )
     if failed:
