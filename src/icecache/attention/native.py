@@ -21,6 +21,7 @@ __all__ = [
     "can_attend",
     "can_attend_spans",
     "search_native",
+    "segment",
 ]
 
 
@@ -92,6 +93,17 @@ def search_native(
     return _call(ask, spans, stored, config, None, positions)
 
 
+def segment(span: Span) -> Segment:
+    """Return where a span is, for the compiled ops; valid as long as the span is there."""
+    return Segment(
+        keys=pointer(span.keys),
+        values=pointer(span.values),
+        row_stride=span.keys.shape[2] * span.keys.shape[3],
+        start=span.start.ctypes.data,
+        len=span.lens.ctypes.data,
+    )
+
+
 def _most_fixed(spans: list[Span]) -> int:
     total: np.ndarray = sum((span.lens for span in spans[1:]), spans[0].lens)
     return int(total.max())
@@ -124,13 +136,7 @@ def _call(
     )
     segments = (Segment * len(spans))()
     for i, span in enumerate(spans):
-        segments[i] = Segment(
-            keys=pointer(span.keys),
-            values=pointer(span.values),
-            row_stride=span.keys.shape[2] * dim,
-            start=span.start.ctypes.data,
-            len=span.lens.ctypes.data,
-        )
+        segments[i] = segment(span)
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
     result = Result(pointer(out), pointer(num_attended), pointer(positions))

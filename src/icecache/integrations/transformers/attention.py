@@ -118,8 +118,9 @@ def icecache_attention(
                 "IceCache cannot follow; run this model without IceCache"
             )
         new = handoff.forward.new_tokens(attention_mask)
-        handoff.layer.take(key, value, new)
-        output = handoff.layer.attend(query, scaling=scaling, softcap=softcap, sink_logits=s_aux)
+        output = handoff.layer.take_and_attend(
+            query, key, value, new, scaling=scaling, softcap=softcap, sink_logits=s_aux
+        )
     except IceCacheError:
         if handoff is not None:
             handoff.forward.undo()

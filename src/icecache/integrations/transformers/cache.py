@@ -98,13 +98,15 @@ class IceCache(Cache):
                 "this IceCache was made for; make one for this model"
             )
         self._forward.enter(layer_idx, key_states)
+        layer = self.layers[layer_idx]
+        managed = layer if isinstance(layer, ManagedLayer) else None
+        # what transformers does beside that is for layers that move between devices
+        update = super().update if managed is None else managed.update
         try:
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = update(key_states, value_states, layer_idx, *args, **kwargs)
         except IceCacheError:
             self._forward.undo()
             raise
-        layer = self.layers[layer_idx]
-        managed = layer if isinstance(layer, ManagedLayer) else None
         hand_over(keys, Handoff(managed, values, self._forward))
         return keys, values
 
