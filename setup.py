@@ -14,7 +14,7 @@ setup(
             sources=[
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
-                    *("search", "step", "dense", "decode", "path"),
+                    *("search", "given", "step", "dense", "decode", "path"),
                     *("grow", "insert", "group", "pack", "fill"),
                 )
             ],
@@ -23,7 +23,7 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut"),
+                    *("nearest", "nearest_tile", "cut", "best"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

@@ -76,9 +76,10 @@ class Stepping:
             As `append` and `attend` do; the token was not taken in then.
         """
         context = self._context
-        # learned sinks and limits of memory are the twin's
+        # learned sinks, limits of memory and shared selections are the twin's
         can_fuse = sink_logits is None and self.config.max_host_memory is None
-        if context is not None and self._backend == "native" and can_fuse:
+        is_alone = self.config.layer_reuse == 1 or context is None or context.indexed is None
+        if context is not None and self._backend == "native" and can_fuse and is_alone:
             if self._fused is None or self._fused.context is not context:
                 self._fused = FusedStep(self.config, context, self.num_kv_heads)
             factor = self.head_dim**-0.5 if scaling is None else scaling

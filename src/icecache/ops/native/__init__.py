@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 4
+_VERSION = 6
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -68,8 +68,7 @@ class Tree(ctypes.Structure):
 
     _fields_ = [
         ("level", Level * MOST_LEVELS),
-        ("page", c_void_p),
-        ("slots", c_void_p),
+        *((name, c_void_p) for name in ("page", "slots", "centre")),
         ("num_levels", c_int64),
     ]
 
@@ -98,7 +97,7 @@ class Result(ctypes.Structure):
     """`Result` of step.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("out", "num_attended", "positions")),
+        *((name, c_void_p) for name in ("out", "num_attended", "positions", "given")),
         *((name, c_int64) for name in ("nodes_scored", "leaves_scored")),
     ]
 

@@ -82,7 +82,7 @@ CLONES static void merge(const Shape *s, const Block *blocks, int64_t num,
         for (int64_t i = 0; i < num; i++) top = larger(top, blocks[i].top[g]);
         if (sink_logits) sum = exponential(sink_logits[g] - top);
         for (int64_t i = 0; i < num; i++) sum += exponential(blocks[i].top[g] - top) * blocks[i].sum[g];
-        for (int64_t i = 0; i < num && sum > 0.0f; i++)
+        for (int64_t i = 0; i < num; i++)
             add_scaled(out + g * s->dim, exponential(blocks[i].top[g] - top) / sum,
                        blocks[i].out + g * s->dim, s->dim);
     }

@@ -181,23 +181,46 @@ static int make_room(const Shape *s, int64_t stride, int64_t most_fixed, Room *r
     return 1;
 }
 
-static void attend_row(const Shape *s, const Tree *tree, const Pages *pages,
-                       const Segment *segments, int64_t num_segments, const float *query,
-                       const float *sink_logits, const float *log_of, int64_t row, Room *room,
-                       Result *result) {
+/* Told by the bits: comparisons are compiled as if all were numbers. */
+static int overflowed(const float *x, int64_t num) {
+    int64_t bad = 0;
+    for (int64_t i = 0; i < num; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return (int)bad;
+}
+
+/* Returns 0, or -1 without memory. */
+static int attend_row(const Shape *s, const Tree *tree, const Pages *pages,
+                      const Segment *segments, int64_t num_segments, const float *query,
+                      const float *sink_logits, const float *log_of, int64_t row, Room *room,
+                      Result *result) {
     Exact *e = &room->exact;
     Found *f = &room->found;
     const float *q = query + row * s->heads * s->dim;
     const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
     score_fixed(s, segments, num_segments, q, sinks, row, e);
-    icecache_search_row(s, tree, row, q, e->lse, log_of, f);
-    gather(s, tree, pages, row, f, e,
-           result->positions ? result->positions + row * (s->room > 0 ? s->room : 0) : 0);
+    int64_t listed = row * (s->room > 0 ? s->room : 0);
+    if (result->given) {
+        icecache_scan_row(s, tree, row, q, log_of, f);
+        int64_t taken = icecache_take_given(s, tree, pages, row, result->given + listed, f, e->token);
+        if (taken < 0) return -1;
+        e->num += taken;
+    } else {
+        icecache_search_row(s, tree, row, q, e->lse, log_of, f);
+        gather(s, tree, pages, row, f, e, result->positions ? result->positions + listed : 0);
+    }
     if (result->num_attended) result->num_attended[row] = (int32_t)e->num;
-    if (!result->out) return;
+    if (!result->out) return 0;
     if (e->num > e->num_fixed) score_selected(s, pages, q, e);
     normalise(s, tree, row, sinks, e, f);
     attend(s, tree, pages, segments, num_segments, row, e, f, result->out + row * s->heads * s->dim);
+    /* infinite logits give weights of nothing, which look like numbers: make the output say so */
+    if (overflowed(e->lse, s->heads))
+        memset(result->out + row * s->heads * s->dim, 0xff, sizeof(float) * (size_t)(s->heads * s->dim));
+    return 0;
 }
 
 EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
@@ -226,12 +249,11 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
 #pragma omp for schedule(dynamic)
 #endif
         for (int64_t row = 0; row < s->rows; row++) {
-            if (!made) {
+            if (!made || attend_row(s, tree, pages, segments, num_segments, query, sink_logits,
+                                    log_of, row, &room, result)) {
                 failed++;
                 continue;
             }
-            attend_row(s, tree, pages, segments, num_segments, query, sink_logits, log_of, row,
-                       &room, result);
             nodes += room.found.nodes_scored;
             leaves += room.found.num - room.found.num_far;
         }
@@ -246,7 +268,7 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
 EXPORT int64_t icecache_layout(void) {
     int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
                        sizeof(Result), sizeof(Decode)};
-    int64_t all = 4;
+    int64_t all = 6;
     for (int i = 0; i < 7; i++) all = all * 131 + sizes[i];
     return all;
 }

@@ -15,6 +15,7 @@ typedef struct {
     float *out;             /* [rows, heads, dim] */
     int32_t *num_attended;  /* [rows] */
     int32_t *positions;     /* [rows, room], of the selected tokens, -1 behind; may be null */
+    const int32_t *given;   /* the same, of the tokens to attend exactly; null: choose them */
     int64_t nodes_scored, leaves_scored;
 } Result;
 
