@@ -215,10 +215,12 @@ static int attend_row(const Shape *s, const Tree *tree, const Pages *pages,
     if (result->num_attended) result->num_attended[row] = (int32_t)e->num;
     if (!result->out) return 0;
     if (e->num > e->num_fixed) score_selected(s, pages, q, e);
+    int bad = 0;
+    for (int64_t g = 0; g < s->heads; g++) bad |= overflowed(e->logits + g * e->stride, e->num);
     normalise(s, tree, row, sinks, e, f);
     attend(s, tree, pages, segments, num_segments, row, e, f, result->out + row * s->heads * s->dim);
     /* infinite logits give weights of nothing, which look like numbers: make the output say so */
-    if (overflowed(e->lse, s->heads))
+    if (bad)
         memset(result->out + row * s->heads * s->dim, 0xff, sizeof(float) * (size_t)(s->heads * s->dim));
     return 0;
 }
