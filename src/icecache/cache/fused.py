@@ -145,7 +145,7 @@ class FusedStep:
             and tail.keys is self._buffer
             and context.indexed is self._indexed
             and not context.is_torn
-            and (self._indexed is not None or self._tokens < self._config.budget)
+            and (self._indexed is not None or self._tokens < self._config.most_dense_tokens)
             and new.query.shape == self._query_shape
             and new.scaling == self._scaling
             and new.softcap == self._softcap
@@ -188,7 +188,7 @@ class FusedStep:
 
     def _stays_dense(self, spans: list[Span]) -> bool:
         self._tokens = int(spans[0].lens.max())
-        return self._tokens < self._config.budget
+        return self._tokens < self._config.most_dense_tokens
 
     def _is_steady(self, spans: list[Span]) -> bool:
         """Whether each row's window and sink are full, so that one token of each row leaves."""
