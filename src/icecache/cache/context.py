@@ -108,7 +108,7 @@ class Context:
                 "an earlier call was interrupted while it moved tokens; call reset() to start anew"
             )
         if self.indexed is None:
-            if max(self.tail.lens) <= self._config.budget:
+            if max(self.tail.lens) <= self._config.most_dense_tokens:
                 return 0, 0
             self._start_index()
         self._fill_sink([max(0, length - keep) for length in self.tail.lens])

@@ -16,6 +16,8 @@ from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
 from icecache.ops.dispatch import resolve_backend
 from icecache.ops.native import DTYPES, MAX_DIM
+from icecache.ops.native import Pages as NativePages
+from icecache.ops.native import Tree as NativeTree
 from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
@@ -110,6 +112,10 @@ class IndexedTokens:
     def join_in_place(self, tokens: TokensInPlace) -> None:
         """Insert tokens by the compiled op; `lens` is the caller's concern."""
         insert_native(tokens, self.tree, self.pool, self.pages, self._config)
+
+    def to_write(self) -> tuple[NativeTree, NativePages]:
+        """Return the addresses for a compiled op that inserts, valid until something grows."""
+        return self.tree.native(), self.pages.native()
 
     def _join(self, tokens: FlatTokens) -> None:
         if self._native:

@@ -90,6 +90,31 @@ class ManagedLayer(CacheLayerMixin):
         self.core.append(keys.detach(), values.detach(), mask)
         self.num_columns += keys.shape[2]
 
+    def take_and_attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`take`, then `attend`; of one token as one step of the core layer."""
+        is_step = self.is_pending and mask is None and keys.shape[2] == query.shape[2] == 1
+        wants_gradients = torch.is_grad_enabled() and query.requires_grad
+        if is_step and not wants_gradients and self._given() is None:
+            assert self.core is not None
+            self.is_pending = False
+            output = self.core.step(
+                query, keys, values, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+            )
+            self.num_columns += 1
+            return output
+        self.take(keys, values, mask)
+        return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+
     def attend(
         self,
         query: torch.Tensor,
