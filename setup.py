@@ -10,13 +10,23 @@ setup(
             "icecache.ops._native",
             sources=[
                 f"src/icecache/ops/native/{name}.c"
-                for name in ("search", "step", "path", "grow", "insert", "group", "pack", "fill")
+                for name in (
+                    "search",
+                    "given",
+                    "step",
+                    "path",
+                    "grow",
+                    "insert",
+                    "group",
+                    "pack",
+                    "fill",
+                )
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
                 for name in (
                     *("layer", "vector", "search", "pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut"),
+                    *("nearest", "nearest_tile", "cut", "best"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

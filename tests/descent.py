@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig
-from icecache.tree.level import NONE, Level
+from icecache.tree.level import NONE
 from icecache.tree.tree import Tree
 
 
@@ -41,7 +41,7 @@ def children_of(tree: Tree, number: int, row: int) -> list[list[int]]:
 
 
 def estimate(
-    level: Level,
+    tree: Tree,
     number: int,
     row: int,
     ids: list[int],
@@ -50,8 +50,8 @@ def estimate(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what leaves or nodes weigh for a query: logits and corrections, shape [n] each."""
-    s = level.at(row, torch.tensor(ids, dtype=torch.int64))
-    logits = scaling * (s.keys() @ q)
+    s = tree.levels[number].at(row, torch.tensor(ids, dtype=torch.int64))
+    logits = scaling * ((tree.leaves.centre[row] + s.keys()) @ q)
     correction = 0.5 * scaling**2 * (q @ q) * s.spread.float() / q.shape[0]
     if softcap is not None:
         slope = 1 - torch.tanh(logits / softcap) ** 2
@@ -81,9 +81,7 @@ def slow_descent(
             scored += len(frontier)
             worth, likely = torch.zeros(len(frontier)), []
             for q, rest in zip(queries, beside, strict=True):
-                logits, correction = estimate(
-                    tree.levels[number], number, row, frontier, q, scaling, softcap
-                )
+                logits, correction = estimate(tree, number, row, frontier, q, scaling, softcap)
                 likely.append(logits + correction)
                 total = torch.logaddexp(likely[-1].logsumexp(0), rest)
                 error = correction.sqrt() if config.estimates_remainder else 1.0

@@ -23,6 +23,8 @@ __all__ = [
     "search_native",
 ]
 
+_EVERY_LEAF = 1 << 62
+
 
 class Span(NamedTuple):
     """Tokens of every row inside a buffer.
@@ -46,7 +48,8 @@ class NativeStep(NamedTuple):
     ----------
     out : shape [rows, heads, head_dim], float32; None of a search
     num_attended : shape [rows], int32
-    positions : shape [rows, room], int32; of the selected tokens, -1 behind; None of a step
+    positions : shape [rows, room], int32; of the selected tokens, -1 behind; None of a step whose
+        selection no other layer reuses
     nodes_scored, leaves_scored : int, over all rows
     """
 
@@ -73,7 +76,8 @@ def attend_native(
 ) -> NativeStep:
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out = torch.empty_like(ask.query)
-    return _call(ask, spans, stored, config, out, None)
+    positions = _no_positions(ask, spans, config) if config.layer_reuse > 1 else None
+    return _call(ask, spans, stored, config, out, positions)
 
 
 def attend_spans(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
@@ -87,9 +91,21 @@ def search_native(
     ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
 ) -> NativeStep:
     """Say which tokens a step would select; arguments as in `attend_native`."""
+    return _call(ask, spans, stored, config, None, _no_positions(ask, spans, config))
+
+
+def _no_positions(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
     room = max(0, config.budget - _most_fixed(spans))
-    positions = torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
-    return _call(ask, spans, stored, config, None, positions)
+    return torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
+
+
+def _padded(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor | None:
+    """Return the given positions, as many a row as there is room for."""
+    if ask.positions is None:
+        return None
+    positions = _no_positions(ask, spans, config)
+    positions[:, : ask.positions.shape[1]] = ask.positions
+    return positions
 
 
 def _most_fixed(spans: list[Span]) -> int:
@@ -114,7 +130,7 @@ def _call(
         page_size=config.page_size,
         room=0 if stored is None else config.budget - _most_fixed(spans),
         most_children=2 * config.fan_out,
-        crossover=config.most_flat_leaves,
+        crossover=config.most_flat_leaves if ask.positions is None else _EVERY_LEAF,
         field_of_view=config.field_of_view,
         dtype=DTYPES[spans[0].keys.dtype],
         remainder=config.estimates_remainder,
@@ -133,7 +149,8 @@ def _call(
         )
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
-    result = Result(pointer(out), pointer(num_attended), pointer(positions))
+    given = _padded(ask, spans, config)
+    result = Result(pointer(out), pointer(num_attended), pointer(positions), pointer(given))
     failed = load().icecache_sparse_step(
         ctypes.byref(shape),
         None if stored is None else ctypes.byref(stored.tree.native()),

@@ -125,6 +125,12 @@ class Context:
             self.tail.release()
         return inserted, sum(leaving) * self._num_kv_heads - inserted
 
+    @property
+    def room(self) -> int:
+        """Tokens that the budget leaves a row beside sink and window."""
+        fixed = (sink + tail for sink, tail in zip(self._sink_lens, self.tail.lens, strict=True))
+        return max(0, self._config.budget - max(fixed))
+
     def spans(self) -> list[Span]:
         """Return sink and window where they lie; the same tokens as `fixed`."""
         heads = self._num_kv_heads

@@ -95,11 +95,13 @@ class TreeIndex(NamedTuple):
     tree : Tree
     config : IceCacheConfig
     ops : the ops that score
+    is_flat : whether rows of any length are scanned flat
     """
 
     tree: Tree
     config: IceCacheConfig
     ops: ModuleType
+    is_flat: bool = False
 
     def search(
         self, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
@@ -107,7 +109,14 @@ class TreeIndex(NamedTuple):
         """Score leaves; query: [rows, heads, head_dim], beside: [rows, heads], both float32."""
         s = self.tree.leaves.view()
         logits, correction = self.ops.score_leaves(
-            query, s.key_mean, s.key_scale, s.count, s.spread, scaling, softcap
+            query,
+            self.tree.leaves.centre,
+            s.key_mean,
+            s.key_scale,
+            s.count,
+            s.spread,
+            scaling,
+            softcap,
         )
         correction = correction.clamp(max=LARGEST_LEAF_CORRECTION)
         num = self.tree.leaves.num
@@ -116,7 +125,8 @@ class TreeIndex(NamedTuple):
         for row in range(self.tree.num_rows):
             far.append([])
             leaves_scored += int(num[row])
-            if num[row] <= self.config.most_flat_leaves or self.tree.top(row) == 0:
+            is_short = num[row] <= self.config.most_flat_leaves
+            if self.is_flat or is_short or self.tree.top(row) == 0:
                 continue
             near, far[row], scored = self._descend(row, query[row], beside[row], scaling, softcap)
             unseen = torch.ones(logits.shape[2], dtype=torch.bool)
@@ -168,6 +178,7 @@ class TreeIndex(NamedTuple):
         s = self.tree.levels[level].at(row, at)
         logits, correction = self.ops.score_leaves(
             query[None],
+            self.tree.leaves.centre[row][None],
             s.key_mean[None],
             s.key_scale[None],
             s.count[None],

@@ -2,6 +2,7 @@
 
 page    [row, leaf]         the page that holds them, by its number within the row
 slots   [row, leaf, byte]   their slots in that page, a bit each
+centre  [row, dim]          what key means are counted from, about the mean of the row's first keys
 """
 
 import numpy as np
@@ -13,6 +14,8 @@ from icecache.ops.batched import summarize
 from icecache.tree.level import Level
 
 __all__ = ["LeafTable"]
+
+_CENTRE_SAMPLE = 4096
 
 
 class LeafTable(Level):
@@ -28,6 +31,12 @@ class LeafTable(Level):
     def __init__(self, num_rows: int, head_dim: int, leaf_size: int, page_size: int) -> None:
         self.leaf_size, self.page_size = leaf_size, page_size
         super().__init__(num_rows, head_dim)
+        self.centre = torch.zeros(num_rows, head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the leaves in use and of the centres."""
+        return super().nbytes + self.centre.nbytes
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +83,14 @@ class LeafTable(Level):
         self._arrays["slots"][row, leaf] = torch.from_numpy(packed)
         self.set_counts(row, leaf, own.sum(1))
 
+    def set_centre(self, row: int, keys: Tensor) -> None:
+        """Count key means of a row without leaves from the mean of keys, shape [tokens, dim].
+
+        Keys of many models share a large offset, which would take up the int8 codes.
+        """
+        sample = keys[:: -(-keys.shape[0] // _CENTRE_SAMPLE)].float().numpy()
+        self.centre[row] = torch.from_numpy(sample.mean(0, dtype=np.float32))
+
     def summarize(
         self, row: Tensor, leaf: Tensor, ids: Tensor, keys: Tensor, values: Tensor
     ) -> None:
@@ -91,7 +108,12 @@ class LeafTable(Level):
         A leaf has a handful of tokens, so this is constant work and running means never drift.
         """
         _, key_mean, value_mean, spread = summarize(keys, values, ids, row.shape[0])
-        self.set_summaries(row, leaf, key_mean, value_mean, spread)
+        self.set_summaries(row, leaf, key_mean - self.centre[row], value_mean, spread)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take rows, repeated or dropped, in a new order."""
+        super().reorder(rows)
+        self.centre = self.centre[rows]
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless counts, slots and leaf numbers agree."""

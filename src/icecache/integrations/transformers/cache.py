@@ -227,10 +227,14 @@ def warn_if_nothing_managed(report: SupportReport) -> None:
 
 
 def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads) -> list[Any]:
-    kinds, arguments = get_layer_types_and_kwargs(config)
-    return [
-        ManagedLayer(settings, threads)
-        if kind == "full_attention"
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-        for kind, kwargs in zip(kinds, arguments)
-    ]
+    layers: list[Any] = []
+    leader, managed = None, 0
+    for kind, kwargs in zip(*get_layer_types_and_kwargs(config)):
+        if kind != "full_attention":
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+            continue
+        is_leader = managed % settings.layer_reuse == 0
+        layers.append(ManagedLayer(settings, threads, None if is_leader else leader))
+        leader = layers[-1] if is_leader else leader
+        managed += 1
+    return layers

@@ -36,15 +36,19 @@ class ManagedLayer(CacheLayerMixin):
         Of the `IceCacheLayer`, which is made when the first keys tell its shape.
     threads : Threads
         Of the cache, which build trees in the background.
+    leader : ManagedLayer, optional
+        The earlier layer whose selection this one attends to; by default it selects itself.
     """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, settings: IceCacheConfig, threads: Threads) -> None:
+    def __init__(
+        self, settings: IceCacheConfig, threads: Threads, leader: "ManagedLayer | None" = None
+    ) -> None:
         super().__init__()
-        self.settings, self._threads = settings, threads
+        self.settings, self._threads, self._leader = settings, threads, leader
         self.core: IceCacheLayer | None = None
         self.num_columns = 0
         self.is_pending = False
@@ -98,12 +102,22 @@ class ManagedLayer(CacheLayerMixin):
         assert self.core is not None
         with torch.no_grad():
             output = self.core.attend(
-                query, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+                query,
+                scaling=scaling,
+                softcap=softcap,
+                sink_logits=sink_logits,
+                positions=self._given() if query.shape[2] == 1 else None,
             )
         if torch.is_grad_enabled() and query.requires_grad:
             result: torch.Tensor = _Inference.apply(query, output)  # type: ignore[no-untyped-call]
             return result
         return output
+
+    def _given(self) -> torch.Tensor | None:
+        """Return what the leader has selected in this forward, None where all is attended."""
+        if self._leader is None or self._leader.core is None:
+            return None
+        return self._leader.core.selection
 
     def get_seq_length(self) -> int:
         """Return the columns seen, padding included: positions and masks count from here."""

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 3
+_VERSION = 5
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -66,8 +66,7 @@ class Tree(ctypes.Structure):
 
     _fields_ = [
         ("level", Level * MOST_LEVELS),
-        ("page", c_void_p),
-        ("slots", c_void_p),
+        *((name, c_void_p) for name in ("page", "slots", "centre")),
         ("num_levels", c_int64),
     ]
 
@@ -96,7 +95,7 @@ class Result(ctypes.Structure):
     """`Result` of step.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("out", "num_attended", "positions")),
+        *((name, c_void_p) for name in ("out", "num_attended", "positions", "given")),
         *((name, c_int64) for name in ("nodes_scored", "leaves_scored")),
     ]
 

@@ -191,7 +191,7 @@ CLONES static int32_t settle(const Shape *s, Tree *t, const Taking *k, Scratch *
             leaves->next[leaf] = -1;
         }
         place(s, t, leaf, k->leaving == piece ? k->target : k->page, slots, num);
-        summarize_leaf(leaves, leaf, x->key, x->value, members, num, s->dim, x->mean);
+        summarize_leaf(t, k->row, leaf, x->key, x->value, members, num, s->dim, x->mean);
     }
     return added;
 }
@@ -201,6 +201,7 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *toke
     int64_t row = tokens->row[index];
     Taking k = {.row = row};
     to_float(tokens->keys, tokens->offset[index], s->dtype, x->direction, s->dim);
+    add_scaled(x->direction, -1.0f, t->centre + row * s->dim, s->dim);
     k.top = icecache_find_path(s, t, row, x->direction, k.path);
     k.leaf = row * t->level[0].capacity;
     if (k.path[0] < 0) {

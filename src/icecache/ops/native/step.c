@@ -23,6 +23,7 @@ typedef struct {
     float *out;             /* [rows, heads, dim] */
     int32_t *num_attended;  /* [rows] */
     int32_t *positions;     /* [rows, room], of the selected tokens, -1 behind; may be null */
+    const int32_t *given;   /* the same, of the tokens to attend exactly; null: choose them */
     int64_t nodes_scored, leaves_scored;
 } Result;
 
@@ -193,15 +194,24 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
     e.lse = e.logits + s->heads * e.stride;
     float log_of[256] = {0};
     for (int i = 1; i < 256; i++) log_of[i] = logf((float)i);
+    int failed = 0;
     result->nodes_scored = result->leaves_scored = 0;
     for (int64_t row = 0; row < s->rows; row++) {
         const float *q = query + row * per_row;
         const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
         score_fixed(s, segments, num_segments, q, sinks, row, &e);
         if (tree) {
-            icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
-            gather(s, tree, pages, row, &f, &e,
-                   result->positions ? result->positions + row * room : 0);
+            if (result->given) {
+                icecache_scan_row(s, tree, row, q, log_of, &f);
+                int64_t taken = icecache_take_given(s, tree, pages, row,
+                                                    result->given + row * room, &f, e.token);
+                failed |= taken < 0;
+                e.num += taken < 0 ? 0 : taken;
+            } else {
+                icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
+                gather(s, tree, pages, row, &f, &e,
+                       result->positions ? result->positions + row * room : 0);
+            }
             result->nodes_scored += f.nodes_scored;
             result->leaves_scored += f.num - f.num_far;
         }
@@ -212,14 +222,14 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
         attend(s, tree, pages, segments, num_segments, row, &e, &f, result->out + row * per_row);
     }
     free(scratch);
-    return 0;
+    return failed ? -1 : 0;
 }
 
 /* Sizes of the structures that Python mirrors; a library of another version has others. */
 EXPORT int64_t icecache_layout(void) {
     int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
                        sizeof(Result)};
-    int64_t all = 3;
+    int64_t all = 5;
     for (int i = 0; i < 6; i++) all = all * 1009 + sizes[i];
     return all;
 }
