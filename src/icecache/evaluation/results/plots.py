@@ -51,7 +51,7 @@ def _draw(title: str, draw: Callable[[Any, Results], None], results: Results) ->
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.add_subplot()
-        colors = matplotlib.colormaps["tab20"].colors
+        colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
         # twenty in pairs: the strong ones first
         axes.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
         draw(axes, results)
