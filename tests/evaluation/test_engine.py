@@ -11,12 +11,12 @@ from transformers import DynamicCache, PreTrainedModel
 from icecache.errors import UnsupportedModel
 from icecache.evaluation.engine.attend import Rule, Selection, attend_all, attend_selected
 from icecache.evaluation.engine.attention import NAME, Call, evaluation_attention
-from icecache.evaluation.engine.decode import Limits, answer_freely
+from icecache.evaluation.engine.decode import Limits, answer_freely, force
 from icecache.evaluation.engine.fidelity import LayerProbe, compare
 from icecache.evaluation.engine.tokens import PromptTokens, Tokens
 from icecache.evaluation.methods.base import Method
 from icecache.evaluation.methods.full import Full
-from icecache.evaluation.methods.icecache import IceCacheMethod, IceCachePaper
+from icecache.evaluation.methods.icecache import IceCacheMethod, IceCachePaper, IceCacheReuse
 from icecache.evaluation.methods.registry import METHODS
 from icecache.evaluation.methods.snapkv import SnapKV
 from icecache.evaluation.methods.streaming import Streaming
@@ -41,6 +41,8 @@ def _small(name: str) -> Method:
     """Return a method with a sink and window that a few dozen tokens pass."""
     if name == "icecache":
         return IceCacheMethod(ICE)
+    if name == "icecache-r":
+        return IceCacheReuse({**ICE, "layer_reuse": 2})
     if name == "icecache-paper":
         return IceCachePaper(
             {"sink": 4, "window": 8, "page_size": 8, "leaf_size": 8, "leaf_target": 6}
@@ -51,7 +53,7 @@ def _small(name: str) -> Method:
     return METHODS[name].from_options(options)
 
 
-RUNNABLE = [name for name in METHODS if name != "icecache-r"]
+RUNNABLE = list(METHODS)
 
 
 def test_tokens_of_prompt_and_tail_are_one_sequence() -> None:
@@ -163,6 +165,19 @@ def test_icecache_on_the_shared_prefill_is_icecache_on_its_own() -> None:
         ]
         assert cache.stats().sparse_steps == 4 * 8
     torch.testing.assert_close(forced.log_probs, torch.stack(logits).log_softmax(-1))
+
+
+def test_icecache_r_shares_selections_over_groups_of_layers() -> None:
+    model = build(family("llama"))
+    prefill, reference = full_answer(model, IDS, steps(5))
+    assert IceCacheReuse().config(256).layer_reuse == 3
+    with torch.inference_mode(), evaluation_attention(model):
+        run = _small("icecache-r").open(model, prefill, 20)
+        force(model, reference, run.cache, run.num_attended)
+        stats = run.cache.stats()
+        run.close()
+    # of four layers the second and the fourth follow
+    assert [stats.layers[index].reused_steps for index in range(4)] == [0, 5, 0, 5]
 
 
 def test_the_models_attention_is_put_back() -> None:
@@ -295,7 +310,9 @@ def test_a_probe_counts_no_position_for_minus_one() -> None:
     assert masses[1] < masses[2]
 
 
-@pytest.mark.parametrize("settings", [{}, {"selection": "exact"}, {"unit": "page"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"selection": "exact"}, {"unit": "page"}, {"layer_reuse": 2}]
+)
 def test_the_positions_of_icecache_are_those_it_attended(settings: dict[str, Any]) -> None:
     model = build(family("llama"))
     prefill, reference = full_answer(model, IDS, steps(3))

@@ -135,18 +135,27 @@ class IceCacheRun:
         assert core is not None
         if core.phase is not Phase.INDEXED:
             return None
-        # layers that share a selection keep it; the others select the same once more
-        selected = getattr(core, "selection", None)
-        if selected is None:
+        if core.config.layer_reuse == 1:
             selected = core.search(
                 call.query,
                 scaling=call.rule.scaling,
                 softcap=call.rule.softcap,
                 sink_logits=call.rule.sinks,
             ).positions
+        else:
+            selected = self._selected_by_leader(layer)
         config, total = core.config, core.num_tokens
         ends = torch.cat([torch.arange(config.sink), torch.arange(total - config.window, total)])
         return torch.cat([ends.expand(len(selected), -1).int(), selected], 1)
+
+    def _selected_by_leader(self, layer: int) -> Tensor:
+        """Return what the first layer of a layer's group selected in this step."""
+        managed = list(self.cache.managed)
+        place = managed.index(layer)
+        leader = managed[place - place % self.cache.settings.layer_reuse]
+        core = self.cache.managed[leader].core
+        assert core is not None and core.selection is not None
+        return core.selection
 
     def close(self) -> None:
         """Free memory and threads."""

@@ -51,6 +51,9 @@ def _draw(title: str, draw: Callable[[Any, Results], None], results: Results) ->
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.add_subplot()
+        colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        # twenty in pairs: the strong ones first
+        axes.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
         draw(axes, results)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         file = io.StringIO()
@@ -67,7 +70,9 @@ def _kl_over_budget(axes: Any, results: Results) -> None:
         spread = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
         axes.errorbar(budgets, values, yerr=spread.clip(min=0), marker="o", capsize=2, label=method)
     axes.set_xscale("log", base=2)
+    # zero is on the axis: a budget that holds the context gives it
     axes.set_yscale("symlog", linthresh=1e-4)
+    axes.set_ylim(bottom=0)
     axes.set_xticks(results.budgets, [str(budget) for budget in results.budgets])
     axes.set_xlabel("tokens a KV head attends exactly")
 
