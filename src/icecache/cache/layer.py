@@ -12,6 +12,7 @@ from icecache.cache.check import Expected, check_query, check_rows, check_tokens
 from icecache.cache.context import Context
 from icecache.cache.decode import SearchResult, attend_one, inspect_step, search_step
 from icecache.cache.estimate import estimate_bytes, transient_bytes
+from icecache.cache.portable import Portable
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError
@@ -24,7 +25,7 @@ __all__ = ["IceCacheLayer"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class IceCacheLayer:
+class IceCacheLayer(Portable):
     """Key-value cache of one attention layer, attended within a budget.
 
     Keys and values are stored as given (after rotary embedding). While the context is not longer

@@ -4,12 +4,15 @@ page    [row, leaf]         the page that holds them, by its number within the r
 slots   [row, leaf, byte]   their slots in that page, a bit each
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from icecache.errors import IntegrityError
 from icecache.ops.batched import summarize
+from icecache.ops.bounds import check_range
 from icecache.tree.level import Level
 
 __all__ = ["LeafTable"]
@@ -92,6 +95,12 @@ class LeafTable(Level):
         """
         _, key_mean, value_mean, spread = summarize(keys, values, ids, row.shape[0])
         self.set_summaries(row, leaf, key_mean, value_mean, spread)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty table of as many rows."""
+        check_range("count", state["count"], 0, self.leaf_size)
+        check_range("page", state["page"], 0, np.iinfo(np.int32).max)
+        super().load_state(state)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless counts, slots and leaf numbers agree."""
