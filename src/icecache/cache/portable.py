@@ -52,6 +52,20 @@ class Portable:
         self._held = None
         self._unsettled = 0
 
+    def shared_bytes(self) -> tuple[int, object | None, int]:
+        """Return the bytes beside the pages, the pool of pages, and the bytes of that.
+
+        Forks have the same pool, which is there once for all of them.
+        """
+        self._background.wait()
+        if self._held is None:
+            return 0, None, 0
+        held = self._held
+        if held.indexed is None:
+            return held.host_bytes, None, 0
+        pool = held.indexed.pool
+        return held.host_bytes - pool.nbytes, pool, pool.nbytes
+
     def state(self) -> dict[str, Any]:
         """Return all that the layer holds, by name; tensors are views, valid until it changes."""
         self._background.wait()

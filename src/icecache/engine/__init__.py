@@ -1,0 +1,7 @@
+"""Many requests at once: packed forwards of ragged batches, each request with its own cache."""
+
+from icecache.engine.engine import Engine
+from icecache.engine.request import Finish, Output, Request, Sampling
+from icecache.engine.settings import EngineSettings
+
+__all__ = ["Engine", "EngineSettings", "Finish", "Output", "Request", "Sampling"]
