@@ -8,6 +8,7 @@ import torch
 import icecache
 from icecache import IceCacheConfig, IceCacheLayer
 from icecache.engine import Engine, EngineSettings, Finish, Sampling
+from icecache.engine.sampling import next_token
 from icecache.errors import (
     ConfigError,
     HostMemoryExceeded,
@@ -192,8 +193,6 @@ def test_seeds_make_draws_repeatable_in_any_company() -> None:
 
 
 def test_top_p_draws_from_the_likeliest_alone() -> None:
-    from icecache.engine.sampling import next_token
-
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
 
@@ -204,7 +203,23 @@ def test_top_p_draws_from_the_likeliest_alone() -> None:
     assert drawn(1.0) == {0, 1, 2, 3}
     assert drawn(0.8) == {0, 1}
     assert drawn(0.81) == {0, 1, 2}
-    assert drawn(0.01) == {0}
+    assert drawn(0.01) == drawn(1e-300) == {0}
+
+
+def test_what_is_not_finite_ends_its_request_alone() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.nan
+    with engine_of(model) as engine:
+        bad = engine.add([7, 8, 5], Sampling(max_tokens=5))
+        good = engine.add([7, 8, 9], Sampling(max_tokens=5))
+        while engine.has_work:
+            engine.step()
+    assert bad.finish is Finish.ERROR
+    assert isinstance(bad.error, InputError)
+    assert good.finish is Finish.LENGTH
+    with pytest.raises(InputError, match="logits are not finite"):
+        next_token(torch.tensor([0.0, torch.nan]), Sampling(), None)
 
 
 def test_stop_tokens_end_an_answer() -> None:

@@ -8,6 +8,7 @@ from icecache import __version__
 from icecache.cli.demo import demo
 from icecache.cli.generate import generate
 from icecache.cli.inspect import inspect
+from icecache.cli.serve import serve
 
 __all__ = ["app"]
 
@@ -41,3 +42,4 @@ def root(
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)

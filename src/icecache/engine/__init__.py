@@ -3,5 +3,6 @@
 from icecache.engine.engine import Engine
 from icecache.engine.request import Finish, Output, Request, Sampling
 from icecache.engine.settings import EngineSettings
+from icecache.engine.stats import EngineStats
 
-__all__ = ["Engine", "EngineSettings", "Finish", "Output", "Request", "Sampling"]
+__all__ = ["Engine", "EngineSettings", "EngineStats", "Finish", "Output", "Request", "Sampling"]

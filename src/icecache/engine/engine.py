@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from icecache.engine.schedule import Schedule
 from icecache.engine.settings import EngineSettings
 from icecache.engine.stats import Counts, EngineStats
 from icecache.engine.store import Store
-from icecache.errors import InputError, QueueFull
+from icecache.engine.watch import Watch
+from icecache.errors import IceCacheError, InputError, QueueFull
 from icecache.store.memory import check_host_memory
 
 __all__ = ["Engine"]
@@ -108,6 +108,7 @@ class Engine:
         *,
         cache: IceCacheConfig | None = None,
         text: str | None = None,
+        watch: bool = False,
     ) -> Request:
         """Queue a request; the memory that it may need is set aside at once.
 
@@ -120,6 +121,8 @@ class Engine:
             Such as ``engine.cache.replace(budget=512)``.
         text : str, optional
             What the prompt says, for `tokens_of`.
+        watch : bool, default False
+            Keep ``request.watch``, at the price of looking closer at one layer a step.
 
         Raises
         ------
@@ -140,6 +143,7 @@ class Engine:
         self._reserve(needed)
         self._number += 1
         request = Request(self._number, tuple(prompt), sampling, cache, needed, text)
+        request.watch = Watch() if watch else None
         if sampling.temperature > 0.0:
             request.generator = torch.Generator()
             seed = request.generator.seed() if sampling.seed is None else sampling.seed
@@ -154,24 +158,14 @@ class Engine:
         chosen = self._schedule.choose()
         if not chosen:
             return ready
-        pieces = [piece for _, piece in chosen]
         try:
-            logits, spans = self._runner.forward(pieces)
+            return ready + self._serve(chosen)
         except BaseException:
-            # what the layers hold now is not known
-            for request, _ in chosen:
-                self._end(request, Finish.ERROR)
+            # what the layers hold now is not known, and nobody will hear of the others' tokens
+            for request in [*(request for request, _ in chosen), *(o.request for o in ready)]:
+                if not request.is_finished:
+                    self._end(request, Finish.ERROR)
             raise
-        outputs, row = ready, 0
-        for (request, piece), span in zip(chosen, spans, strict=True):
-            if span.error is not None:
-                request.error = span.error
-                self._end(request, Finish.ERROR)
-                outputs.append(Output(request, None, Finish.ERROR))
-            else:
-                outputs.append(self._advance(request, piece, logits[row : row + 1]))
-            row += piece.wants_logits
-        return outputs
 
     def rest(self) -> None:
         """Do what there is to do while no request runs: write idle conversations to disk."""
@@ -180,8 +174,7 @@ class Engine:
     def tokens_of(self, text: str, cache: IceCacheConfig | None = None) -> tuple[list[int], str]:
         """Return the tokens of a stored conversation that `text` goes on with, and what is left.
 
-        An answer's tokens need not be those that a tokenizer makes of its text; a prompt made of
-        these begins with the conversation for certain.
+        A tokenizer may make others of an answer's text, which would not be found then.
         """
         found = self._store.find_text(text, self.cache if cache is None else cache)
         if found is None or found.text is None:
@@ -224,12 +217,7 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _reserve(self, needed: int) -> None:
@@ -264,6 +252,23 @@ class Engine:
                 self._schedule.prefilling.append(request)
         return outputs
 
+    def _serve(self, chosen: list[tuple[Request, Piece]]) -> list[Output]:
+        logits, spans = self._runner.forward([piece for _, piece in chosen])
+        outputs: list[Output] = []
+        row = 0
+        for (request, piece), span in zip(chosen, spans, strict=True):
+            if span.error is not None:
+                outputs.append(self._fail(request, span.error))
+            else:
+                outputs.append(self._advance(request, piece, logits[row : row + 1]))
+            row += piece.wants_logits
+        return outputs
+
+    def _fail(self, request: Request, error: IceCacheError) -> Output:
+        request.error = error
+        self._end(request, Finish.ERROR)
+        return Output(request, None, Finish.ERROR)
+
     def _advance(self, request: Request, piece: Piece, logits: torch.Tensor) -> Output:
         if request.phase is Phase.PREFILL:
             request.num_prefilled += len(piece.ids)
@@ -277,8 +282,11 @@ class Engine:
         return self._take_token(request, logits[0])
 
     def _take_token(self, request: Request, logits: torch.Tensor) -> Output:
+        try:
+            token = next_token(logits, request.sampling, request.generator)
+        except IceCacheError as error:
+            return self._fail(request, error)
         request.phase = Phase.DECODE
-        token = next_token(logits, request.sampling, request.generator)
         request.answer.append(token)
         self._counts.answer_tokens += 1
         request.last_token_at = time.monotonic()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from icecache.cache.layer import IceCacheLayer
+from icecache.engine.watch import Watch
 from icecache.errors import IceCacheError, InputError, UnsupportedModel
 
 __all__ = ["KEYWORD", "NAME", "PackedBatch", "Span", "register_packed"]
@@ -33,6 +34,7 @@ class Span:
         By the model's layer index.
     start, num : int
         Where the tokens are in the batch.
+    watch : Watch, optional
     error : IceCacheError, optional
         Set by the first layer that refused; the rest of the forward leaves the request out.
     """
@@ -40,6 +42,7 @@ class Span:
     layers: Sequence[IceCacheLayer]
     start: int
     num: int
+    watch: Watch | None = None
     error: IceCacheError | None = None
 
 
@@ -107,6 +110,8 @@ def _attend(span: Span, index: int, query: Tensor, out: Tensor, settings: dict[s
         own = slice(span.start, span.start + span.num)
         try:
             out[:, :, own] = span.layers[index].attend(query[:, :, own], **settings)
+            if span.watch is not None and span.num == 1:
+                span.watch.look(index, span.layers, query[:, :, own], settings)
         except IceCacheError as error:
             span.error = error
 

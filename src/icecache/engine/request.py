@@ -11,6 +11,7 @@ import torch
 
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
+from icecache.engine.watch import Watch
 from icecache.errors import IceCacheError, InputError
 
 __all__ = ["Finish", "Output", "Phase", "Request", "Sampling"]
@@ -101,6 +102,7 @@ class Request:
         Bytes of host memory that it may take.
     text : str, optional
         What the prompt says.
+    watch : Watch, optional
     """
 
     number: int
@@ -109,6 +111,7 @@ class Request:
     settings: IceCacheConfig
     reserved: int
     text: str | None = None
+    watch: Watch | None = None
     phase: Phase = Phase.WAITING
     layers: Sequence[IceCacheLayer] = ()
     num_prefilled: int = 0

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
 from icecache.engine.packed import KEYWORD, NAME, PackedBatch, Span, register_packed
+from icecache.engine.watch import Watch
 from icecache.errors import InputError, UnsupportedModel
 from icecache.integrations.transformers.attach import (
     attention_of,
@@ -44,12 +45,14 @@ class Piece(NamedTuple):
         The first one's position.
     wants_logits : bool
         Whether the last one's logits are wanted.
+    watch : Watch, optional
     """
 
     layers: Sequence[IceCacheLayer]
     ids: Sequence[int]
     first: int
     wants_logits: bool
+    watch: Watch | None = None
 
 
 class _Shape(NamedTuple):
@@ -131,7 +134,7 @@ class Runner:
         positions: list[int] = []
         last: list[int] = []
         for piece in pieces:
-            spans.append(Span(piece.layers, len(ids), len(piece.ids)))
+            spans.append(Span(piece.layers, len(ids), len(piece.ids), piece.watch))
             ids.extend(piece.ids)
             positions.extend(range(piece.first, piece.first + len(piece.ids)))
             if piece.wants_logits:

@@ -32,7 +32,10 @@ class Schedule:
     def choose(self) -> list[tuple[Request, Piece]]:
         """Return the requests of the next step and what each of them takes in."""
         chosen = [
-            (request, Piece(request.layers, request.answer[-1:], request.num_tokens, True))
+            (
+                request,
+                Piece(request.layers, request.answer[-1:], request.num_tokens, True, request.watch),
+            )
             for request in self.running
             if request.phase is Phase.DECODE
         ]

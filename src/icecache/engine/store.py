@@ -127,9 +127,14 @@ class Store:
         assert self._archive is not None
         if not self._archive.holds(conversation) and not self._is_superseded(conversation):
             self._archive.write(conversation)
-            for each in list(self._kept):
-                if each.layers is None and self._is_superseded(each):
-                    self._archive.remove(each.name)
+            self._prune(self._archive)
+
+    def _prune(self, archive: Archive) -> None:
+        """Remove from disk what longer conversations have made needless."""
+        for each in list(self._kept):
+            if archive.holds(each) and self._is_superseded(each):
+                archive.remove(each.name)
+                if each.layers is None:
                     self._kept.remove(each)
 
     def _leave_memory(self, conversation: Conversation) -> None:
