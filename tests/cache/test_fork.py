@@ -49,7 +49,7 @@ def test_forks_go_on_by_fused_steps() -> None:
 
 def test_forks_of_a_short_row_count_means_from_centres_of_their_own() -> None:
     layer = small_layer()
-    layer.prefill(*make_tokens(1, 2, 400), left_padded([400, 10]))
+    layer.prefill(*make_tokens(1, 2, 400), left_padded([400, 5]))
     layer.attend(make_query(2, 2, 4, 1))
     assert layer._context.indexed.leaves.num[-1] == 0
     fork = layer.fork()
