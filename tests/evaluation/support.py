@@ -14,13 +14,14 @@ from icecache.evaluation.methods.base import Method, SelectionMethod
 from icecache.evaluation.methods.full import Full
 
 __all__ = [
-    "DIM",
-    "HEADS",
-    "QUERIES",
+    "RULE",
+    "chosen",
     "forced_answer",
     "full_answer",
     "grow",
     "make_tokens",
+    "query",
+    "started",
     "steps",
 ]
 

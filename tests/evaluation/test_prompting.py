@@ -1,5 +1,6 @@
 """From samples to token ids: templates, lengths, slices."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_overlong_prompts_lose_their_middle_or_are_passed_over(
         assert "start w0" in text and " end<|im_end|>" in text
     kept = _choose(Prompter(tokenizer, "skip"), task, most, None)
     assert [prompt.sample.id for prompt in kept] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("overlong", ["middle", "skip"])
+def test_a_generated_prompt_that_is_too_long_is_an_error(
+    overlong: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    task = dataclasses.replace(_echo(), is_generated=True)
+    with pytest.raises(InputError, match=r"at most 60 fit; lower --lengths"):
+        _choose(Prompter(tokenizer, overlong), task, 60, 2)
+    with pytest.raises(InputError, match="echo is generated without end: give --limit"):
+        _choose(Prompter(tokenizer, overlong), task, 2000, None)
 
 
 def test_an_empty_slice_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:

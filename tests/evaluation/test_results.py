@@ -144,6 +144,23 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_killed_before_its_first_file_was_whole_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".run.json-x7").write_text('{"model"')
+    _fill(tmp_path, [_record()])
+    assert load_results(tmp_path) == [_record()]
+
+
+def test_a_torn_session_is_cut_off(tmp_path: Path) -> None:
+    _fill(tmp_path, [_record()])
+    path = tmp_path / "sessions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:20])
+    assert len(load_sessions(tmp_path)) == 1
+    _fill(tmp_path, [])
+    assert path.read_bytes() == 2 * whole
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with ResultStore.open(tmp_path, SETTINGS, STAMP) as store:
         with (

@@ -56,7 +56,8 @@ class Prompter:
         Raises
         ------
         InputError
-            If none is left, or the task never ends and there is no limit.
+            If none is left, the task never ends and there is no limit, or a generated prompt is too
+            long.
         """
         if limit is None and task.is_generated:
             raise InputError(f"{task.name} is generated without end: give --limit")
@@ -73,6 +74,12 @@ class Prompter:
     def _fitting(self, task: Task, samples: Iterator[Sample], most_tokens: int) -> Iterator[Prompt]:
         for sample in samples:
             token_ids = self._encode(task, sample)
+            if len(token_ids) > most_tokens and task.is_generated:
+                # a needle may lie in the middle, and those to come are as long
+                raise InputError(
+                    f"{task.name}: a prompt of {len(token_ids):,} tokens, at most {most_tokens:,} "
+                    "fit; lower --lengths"
+                )
             if len(token_ids) > most_tokens and self._overlong == "middle":
                 token_ids = self._encode(task, self._cut(task, sample, most_tokens))
             if len(token_ids) <= most_tokens:

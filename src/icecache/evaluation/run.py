@@ -33,6 +33,9 @@ from icecache.integrations.transformers.support import decoder_config, supports
 
 __all__ = ["Progress", "Runner", "check_names"]
 
+# tokens that may come on top where a prompt and its template meet
+_JOINTS = 4
+
 
 class Progress(Protocol):
     """Hears how a run goes on."""
@@ -219,7 +222,7 @@ class Runner:
                 f"--max-length leave ({room:,} and the answer); lower --lengths"
             )
         further = max(0, self.settings.steps - task.max_new_tokens)
-        return length - self._prompter.overhead(task) - further
+        return length - self._prompter.overhead(task) - further - _JOINTS
 
     def _most_tokens(self, task: Task) -> int:
         """Return the most tokens of a prompt: what is asked for and what the context leaves."""

@@ -67,7 +67,7 @@ class ResultStore:
         """
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--out must be a folder: {folder}")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / _SETTINGS).is_file():
+        if _holds_something_else(folder):
             raise InputError(f"--out holds something else than results: {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK)
@@ -78,6 +78,7 @@ class ResultStore:
         try:
             _check_settings(folder / _SETTINGS, settings)
             store = ResultStore(folder)
+            _cut_torn_line(folder / _SESSIONS)
             _append(
                 folder / _SESSIONS, json.dumps({**session, "settings": settings.to_json()}) + "\n"
             )
@@ -105,11 +106,10 @@ def load_results(folder: Path) -> list[Record]:
 def load_sessions(folder: Path) -> list[dict[str, Any]]:
     """Return the sessions that a run had, first to last."""
     path = folder / _SESSIONS
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = [json.loads(line) for line in lines if _is_json(line)]
-    return found
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    if not lines:
+        raise InputError(f"{path} is missing or empty")
+    return [json.loads(line) for line in lines]
 
 
 def _check_settings(path: Path, settings: RunSettings) -> None:
@@ -173,9 +173,9 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
+def _holds_something_else(folder: Path) -> bool:
+    """Return whether a folder is neither a run's nor what one killed at once left behind."""
+    if not folder.is_dir() or (folder / _SETTINGS).is_file():
         return False
-    return True
+    ours = (_LOCK, f".{_SETTINGS}-")
+    return any(not entry.name.startswith(ours) for entry in folder.iterdir())
