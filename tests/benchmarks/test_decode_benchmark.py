@@ -328,7 +328,6 @@ def test_the_compiled_step_takes_part(subject: Subject, monkeypatch: pytest.Monk
     make = torch.compile
 
     def compile_plainly(function: Any, **options: Any) -> Any:
-        del options["options"]
         return make(function, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_plainly)

@@ -30,7 +30,6 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     make = torch.compile
 
     def compile_plainly(function: Callable[..., Any], **options: Any) -> Any:
-        del options["options"]
         return make(function, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_plainly)
