@@ -23,7 +23,7 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best"),
+                    *("nearest", "nearest_tile", "cut", "best", "dots"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

@@ -90,4 +90,4 @@ def assert_true_summaries(indexed: IndexedTokens) -> None:
             # rounding is counted as spread, once a level; the spreads are bfloat16
             rounding = (number + 1) * level.head_dim * largest_scale["key"] ** 2
             off = (s.spread.float() - spread).abs() - 2**-7 * (number + 1) * spread
-            assert float(off.max()) <= rounding, f"row {row}, level {number}"
+            assert float(off.max()) <= rounding + 1e-9, f"row {row}, level {number}"

@@ -38,9 +38,10 @@ class IceCacheConfig:
     crossover : int, default 16384
         Leaves up to which a row is scanned flat; with more, a search descends from the top. A row
         of no more leaves than the budget has tokens is always scanned flat.
-    field_of_view : int, default 512
-        Nodes of each level that a descent expands; the others are attended through their own
-        summaries. Larger is more faithful and costs scan time in proportion.
+    field_of_view : int, default 640
+        Nodes above the leaves that a descent expands, and half as many of each level further up;
+        the others are attended through their own summaries. Larger is more faithful and costs scan
+        time in proportion.
     dense_until : int, default 0
         A context of up to so many tokens is attended in full although it passes the budget: exact,
         and on a CPU faster too up to some 2,000 tokens (docs/performance.md). With 0 the budget
@@ -99,7 +100,7 @@ class IceCacheConfig:
     page_size: int = 16
     fan_out: int = 12
     crossover: int = 16384
-    field_of_view: int = 512
+    field_of_view: int = 640
     dense_until: int = 0
     layer_reuse: int = 1
     remainder: bool | None = None

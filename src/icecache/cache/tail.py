@@ -3,9 +3,15 @@
 Rows are aligned at their end; row b's tokens are the last `lens[b]` of the buffer.
 """
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from icecache.errors import SnapshotMismatch
+from icecache.ops.bounds import check_range
 
 __all__ = ["Tail"]
 
@@ -137,6 +143,32 @@ class Tail:
         """Take batch rows in a new order."""
         self._keys, self._values = self._keys[rows], self._values[rows]
         self.lens = [self.lens[row] for row in rows.tolist()]
+
+    def fork(self) -> "Tail":
+        """Return a tail with copies of the tokens."""
+        other = copy.copy(self)
+        other.lens = list(self.lens)
+        other._move(*self.keys_values(), self._slack)
+        return other
+
+    def state(self) -> dict[str, Any]:
+        """Return what the tail holds, by name; views, valid until it changes."""
+        keys, values = self.keys_values()
+        return {"lens": self.lens, "keys": keys, "values": values}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty tail of as many rows."""
+        keys, values = state["keys"], state["values"]
+        shape = [*self._keys.shape[:2], keys.shape[2], self._keys.shape[3]]
+        for name, part in (("keys", keys), ("values", values)):
+            if list(part.shape) != shape or part.dtype != self.dtype:
+                raise SnapshotMismatch(
+                    f"the snapshot is damaged: {name} of the window must be {self.dtype} of shape "
+                    f"{shape}, got {part.dtype} of {list(part.shape)}"
+                )
+        check_range("lens", np.asarray(state["lens"]), 0, keys.shape[2])
+        self._move(keys, values, self._slack)
+        self.lens = [int(length) for length in state["lens"]]
 
     def make_room(self, num_new: int) -> None:
         """Let the buffer have room for so many more tokens behind the last."""

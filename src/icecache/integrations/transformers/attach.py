@@ -13,7 +13,7 @@ from icecache.integrations.transformers.compiled import CompiledStep
 from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "attention_of", "restore_attention", "set_attention"]
 
 _HOOK = "_prepare_cache_for_generation"
 # what generate asks for the call that decodes: whether to compile it, and the call
@@ -40,13 +40,13 @@ class Attachment:
         self.decode: CompiledStep | PacedStep | None = None
         if compile is not False:
             self.decode = CompiledStep(model) if compile else PacedStep(model)
-        self._implementations = _implementations(model)
+        self._implementations = attention_of(model)
         self._is_attached = True
         register()
         try:
-            _set_attention(model)
+            set_attention(model, NAME)
         except ValueError:
-            self._restore_attention()
+            restore_attention(self._implementations)
             raise
         hooks: dict[str, Any] = {_HOOK: self._prepare_cache}
         if self.decode is not None:
@@ -64,7 +64,7 @@ class Attachment:
                 delattr(self.model, name)
                 if before is not None:
                     setattr(self.model, name, before)
-            self._restore_attention()
+            restore_attention(self._implementations)
             self._is_attached = False
 
     def __enter__(self) -> "Attachment":
@@ -123,10 +123,6 @@ class Attachment:
         assert self.decode is not None
         self.decode.renew()
         return self.decode
-
-    def _restore_attention(self) -> None:
-        for config, implementation in self._implementations:
-            config._attn_implementation_internal = implementation
 
 
 def attach(
@@ -194,20 +190,28 @@ def _check_prompt(model_kwargs: dict[str, Any]) -> None:
         raise InputError("every prompt must hold at least one token, got an empty one")
 
 
-def _set_attention(model: PreTrainedModel) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let a model's decoder run a registered attention; `UnsupportedModel` if it refuses."""
     decoder = decoder_config(model.config)
     names = [key for key in model.config.sub_configs if getattr(model.config, key) is decoder]
     # encoders beside the decoder keep their own attention
-    requested: str | dict[str, str] = {"": NAME, names[0]: NAME} if names else NAME
+    requested: str | dict[str, str] = {"": name, names[0]: name} if names else name
     model.set_attn_implementation(requested)
-    if decoder._attn_implementation != NAME:
+    if decoder._attn_implementation != name:
         raise UnsupportedModel(
-            f"{type(model).__name__} refused the attention implementation {NAME!r}; "
+            f"{type(model).__name__} refused the attention implementation {name!r}; "
             "run this model without IceCache"
         )
 
 
-def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+def restore_attention(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Let all parts of a model run again what `attention_of` said."""
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+def attention_of(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Return the attention implementation of each part of a model."""
     found: dict[int, PreTrainedConfig] = {}
     waiting = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while waiting:

@@ -1,6 +1,8 @@
 """`IceCache`, the cache of a whole model for transformers."""
 
+import os
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +19,12 @@ from icecache.errors import IceCacheError, InputError
 from icecache.integrations.transformers.attention import Handoff, hand_over, register
 from icecache.integrations.transformers.forward import ForwardPass
 from icecache.integrations.transformers.layer import ManagedLayer
+from icecache.integrations.transformers.saving import (
+    load_into,
+    open_snapshot,
+    save_cache,
+    settings_of,
+)
 from icecache.integrations.transformers.stats import CacheStats
 from icecache.integrations.transformers.support import SupportReport, decoder_config, supports
 from icecache.integrations.transformers.threads import Threads
@@ -56,6 +64,8 @@ class IceCache(Cache):
     ...     model.generate(**inputs, past_key_values=cache)
     """
 
+    _model: weakref.ref[PreTrainedModel] | None
+
     def __init__(
         self,
         model_or_config: PreTrainedModel | PreTrainedConfig,
@@ -68,12 +78,15 @@ class IceCache(Cache):
         warn_if_nothing_managed(report)
         register()
         self._open(getattr(model_or_config, "config", model_or_config), settings)
+        if isinstance(model_or_config, PreTrainedModel):
+            self._model = weakref.ref(model_or_config)
 
     @classmethod
     def for_attached(cls, model: PreTrainedModel, settings: IceCacheConfig) -> "IceCache":
         """Return a cache for a model that `attach` has checked already."""
         cache = cls.__new__(cls)
         cache._open(model.config, settings)
+        cache._model = weakref.ref(model)
         return cache
 
     def _open(self, config: PreTrainedConfig, settings: IceCacheConfig) -> None:
@@ -82,6 +95,18 @@ class IceCache(Cache):
         self.settings = settings
         self._forward = ForwardPass(self.layers)
         self._is_closed = False
+        self._model = None
+        self.about: dict[str, Any] = {}
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that the cache was made for, if it still exists."""
+        return None if self._model is None else self._model()
+
+    @property
+    def forward_pass(self) -> ForwardPass:
+        """What is known of the running forward."""
+        return self._forward
 
     def update(
         self,
@@ -188,6 +213,57 @@ class IceCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self._forward.batch_size is not None:
             self._rows_changed(torch.arange(self._forward.batch_size).repeat_interleave(repeats))
+
+    def save(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
+        """Write all that the cache holds to a folder, to go on later with `load`.
+
+        Parameters
+        ----------
+        path : path
+            A folder of its own; an older snapshot there stays whole until the new one is.
+        about : dict, optional
+            What JSON can hold, such as the conversation's text; `load` gives it back as `about`.
+
+        Raises
+        ------
+        InputError
+            If the cache was made from a config alone, or the folder holds other things.
+        UnsupportedModel
+            If layers left to the model hold more than keys and values.
+        OSError
+            If it cannot be written; an older snapshot is as it was.
+        """
+        save_cache(self, path, self.about if about is None else about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        settings: IceCacheConfig | None = None,
+    ) -> "IceCache":
+        """Return a cache that `save` has written, to be used with the same model.
+
+        Parameters
+        ----------
+        path : path
+            The folder.
+        model : PreTrainedModel
+            With the same weights, in the same dtype.
+        settings : IceCacheConfig, optional
+            Those that the snapshot must have; by default they come from it.
+
+        Raises
+        ------
+        SnapshotMismatch
+            If the snapshot is of another model, other settings or another format, or truncated
+            or altered. Nothing in it is executed.
+        """
+        snapshot = open_snapshot(path, model)
+        cache = cls(model, settings_of(snapshot, settings))
+        load_into(cache, snapshot)
+        cache.about = snapshot.about["about"]
+        return cache
 
     def reset(self) -> None:
         """Forget the conversation; settings stay."""

@@ -90,6 +90,17 @@ class ForwardPass:
         self._past = self._tokens = 0
         self._broken = self.batch_size = None
 
+    def state(self) -> dict[str, Any]:
+        """Return what outlives a forward, by name."""
+        self.settle()
+        return {"batch_size": self.batch_size, "padding": self.padding.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take that back, before the first forward."""
+        self.batch_size = state["batch_size"]
+        self.padding.load_state(state["padding"])
+        self._past = max((layer.num_columns for layer in self._managed), default=0)
+
     def _begin(self, keys: torch.Tensor) -> None:
         if self._broken is not None:
             raise InputError(self._broken)

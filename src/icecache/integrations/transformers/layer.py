@@ -1,5 +1,7 @@
 """One managed attention layer as transformers' caches see it."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -60,12 +62,16 @@ class ManagedLayer(CacheLayerMixin):
                 f"keys of shape {list(key_states.shape)} and values of {list(value_states.shape)} "
                 "differ, and IceCache stores them side by side; run this model without IceCache"
             )
+        _, heads, _, dim = key_states.shape
+        self._make(heads, dim, key_states.dtype, key_states.device)
+
+    def _make(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.core = IceCacheLayer(
             self.settings,
-            num_kv_heads=key_states.shape[1],
-            head_dim=key_states.shape[3],
-            dtype=key_states.dtype,
-            device=key_states.device,
+            num_kv_heads=heads,
+            head_dim=dim,
+            dtype=dtype,
+            device=device,
             executor=self._threads.executor() if self.settings.overlap else None,
         )
         self.is_initialized = True
@@ -177,6 +183,28 @@ class ManagedLayer(CacheLayerMixin):
         if self.core is not None and self.num_columns:
             rows = torch.arange(self.core.batch_size)
             self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the layer holds, by name; views, valid until it changes."""
+        core = self.core
+        if core is None or not self.num_columns:
+            return {"num_columns": 0}
+        shape = {"num_kv_heads": core.num_kv_heads, "head_dim": core.head_dim}
+        dtype = str(core.dtype).removeprefix("torch.")
+        return {"num_columns": self.num_columns, **shape, "dtype": dtype, "core": core.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back, into a new layer."""
+        if state["num_columns"]:
+            self._make(
+                state["num_kv_heads"],
+                state["head_dim"],
+                getattr(torch, state["dtype"]),
+                torch.device("cpu"),
+            )
+            assert self.core is not None
+            self.core.load_state(state["core"])
+            self.num_columns = int(state["num_columns"])
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -13,8 +13,9 @@
 #include "search.h"
 #include "vector.h"
 
-/* entries of all rows from which on a second thread is worth waking */
+/* Of all rows: from which on a second thread is worth waking. */
 #define LEAST_ENTRIES 8192
+#define ENTRIES_AHEAD 12
 
 /* Room for the tokens that a row attends exactly. */
 typedef struct {
@@ -54,13 +55,33 @@ static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
     }
 }
 
+static inline const int8_t *value_of(int64_t dim, const Tree *t, int64_t row, const Found *f,
+                                     int64_t entry) {
+    const Level *of = t->level + f->level[entry];
+    return of->value_mean + (row * of->capacity + f->id[entry]) * dim;
+}
+
 static inline void attend_entries(int64_t dim, const Shape *s, const Tree *t, int64_t row,
                                   const Found *f, float *out) {
-    _Alignas(64) float value[MAX_DIM];
-    for (int64_t i = 0; i < f->num; i++) {
-        if (f->chosen[i]) continue;
-        const Level *of = t->level + f->level[i];
-        from_int8(of->value_mean + (row * of->capacity + f->id[i]) * dim, value, dim);
+    _Alignas(64) float value[4 * MAX_DIM];
+    int64_t i = 0;
+    for (; i + 4 <= f->num; i += 4) {
+        for (int64_t k = 0; k < 4; k++) {
+            if (i + k + ENTRIES_AHEAD < f->num)
+                prefetch(value_of(dim, t, row, f, i + k + ENTRIES_AHEAD), dim);
+            from_int8(value_of(dim, t, row, f, i + k), value + k * dim, dim);
+        }
+        for (int64_t g = 0; g < s->heads; g++) {
+            /* 0 where chosen */
+            const float *w = f->logits + g * f->stride + i;
+            float *to = out + g * dim;
+            for (int64_t d = 0; d < dim; d++)
+                to[d] += w[0] * value[d] + w[1] * value[dim + d] + w[2] * value[2 * dim + d] +
+                         w[3] * value[3 * dim + d];
+        }
+    }
+    for (; i < f->num; i++) {
+        from_int8(value_of(dim, t, row, f, i), value, dim);
         for (int64_t g = 0; g < s->heads; g++)
             add_scaled(out + g * dim, f->logits[g * f->stride + i], value, dim);
     }
