@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _EVERY_LEAF = 1 << 62
+_POSITIONS = (1 << 31) - 1
 
 
 class Span(NamedTuple):
@@ -104,8 +105,10 @@ def _padded(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor | Non
     """Return the given positions, as many a row as there is room for."""
     if ask.positions is None:
         return None
-    positions = _no_positions(ask, spans, config)
-    positions[:, : ask.positions.shape[1]] = ask.positions
+    positions, given = _no_positions(ask, spans, config), ask.positions.long()
+    # the tree holds no position that int32 does not
+    given = given.masked_fill((given < 0) | (given >= _POSITIONS), -1)
+    positions[:, : given.shape[1]] = given
     return positions
 
 

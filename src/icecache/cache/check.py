@@ -8,7 +8,15 @@ from torch import Tensor
 
 from icecache.errors import ConfigError, InputError
 
-__all__ = ["Expected", "check_crop", "check_positions", "check_query", "check_rows", "check_tokens"]
+__all__ = [
+    "Expected",
+    "check_crop",
+    "check_finite_output",
+    "check_positions",
+    "check_query",
+    "check_rows",
+    "check_tokens",
+]
 
 
 class Expected(NamedTuple):
@@ -120,9 +128,17 @@ def check_query(
             raise InputError("sink_logits must be numbers, got NaN")
 
 
-def check_positions(positions: Tensor, num_rows: int, room: int) -> None:
+def check_finite_output(out: Tensor) -> None:
+    """Raise `InputError` if attention overflowed."""
+    if not math.isfinite(float(out.sum(dtype=torch.float64))):
+        raise InputError("attention overflowed: keys or query are too large for float32")
+
+
+def check_positions(positions: Tensor, num_rows: int, room: int, selection: str) -> None:
     """Raise `InputError` unless positions name as many tokens a row as there is room for."""
     _check_tensor("positions", positions)
+    if selection != "tree":
+        raise InputError(f'positions need selection="tree", the layer has "{selection}"')
     if positions.dtype not in _INTEGER_TYPES or positions.dim() != 2:
         raise InputError(
             f"positions must be integers of shape [batch * num_kv_heads, tokens], "
@@ -145,8 +161,8 @@ def check_crop(num_tokens: int, held: int) -> None:
         )
 
 
-def check_rows(rows: Tensor, batch: int) -> None:
-    """Raise `InputError` unless `rows` names rows of the batch."""
+def check_rows(rows: Tensor, batch: int) -> Tensor:
+    """Return rows as int64; `InputError` unless they name rows of the batch."""
     _check_tensor("rows", rows)
     if rows.dim() != 1 or rows.numel() == 0 or rows.dtype not in _INTEGER_TYPES:
         raise InputError(
@@ -154,6 +170,7 @@ def check_rows(rows: Tensor, batch: int) -> None:
         )
     if batch and (int(rows.min()) < 0 or int(rows.max()) >= batch):
         raise InputError(f"rows must be from 0 to {batch - 1}, got {rows.tolist()}")
+    return rows.long().cpu()
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

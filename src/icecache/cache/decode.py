@@ -1,6 +1,5 @@
 """One sparse step of a layer: compiled where it can be, its twin elsewhere."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,10 @@ from icecache.attention.native import (
     can_attend_spans,
     search_native,
 )
+from icecache.cache.check import check_finite_output
 from icecache.cache.context import Context
 from icecache.cache.stats import Counters
 from icecache.config import IceCacheConfig
-from icecache.errors import InputError
 from icecache.ops.dispatch import ops_for
 
 __all__ = ["Attended", "SearchResult", "attend_one", "inspect_step", "search_step"]
@@ -69,8 +68,7 @@ def attend_one(
         counters.count_dense(max(context.row_lens))
     else:
         step = _attend_sparse(context, config, backend, ask, counters)
-    if not math.isfinite(float(step.out.sum())):
-        raise InputError("attention overflowed: keys or query are too large for float32")
+    check_finite_output(step.out)
     return step
 
 

@@ -70,12 +70,17 @@ class FusedStep:
         self._end = 0
         self._buffer: Tensor | None = None
         self._indexed: IndexedTokens | None = None
+        self.took_in = False
 
     def run(self, new: NewToken, counters: Counters) -> Tensor | None:
         """Take in a token of each row and attend its query; shape and dtype of the query.
 
-        None, and nothing has changed, where only the twin can do that, or say what is wrong.
+        None, and nothing has changed, where only the twin can do that, or say what is wrong. After
+        an error `took_in` says whether the token is there all the same.
         """
+        self.took_in = False
+        if not all(isinstance(x, Tensor) for x in (new.query, new.keys, new.values)):
+            return None
         if not (self._is_prepared(new) or self._prepare(new)):
             return None
         decode, dtype = self._decode, self.context.tail.dtype
@@ -88,15 +93,16 @@ class FusedStep:
         out = torch.empty(self._query_shape, dtype=dtype)
         decode.out, decode.threads = out.data_ptr(), torch.get_num_threads()
         indexed = self._indexed
+        # an interrupt may come right behind the call: what was prepared holds only if all went well
+        self._lens = None
         status = self._extend() if indexed is None else self._slide(indexed)
         if status == _NOT_FINITE:
-            self._lens = None
             return None
-        self._lens, self._end = self.context.tail.lens, self.context.tail.end
         if status == _NO_MEMORY:
             raise HostMemoryExceeded(self._wide.nbytes, 0)
         if status == _OVERFLOWED:
             raise InputError("attention overflowed: keys or query are too large for float32")
+        self._lens, self._end = self.context.tail.lens, self.context.tail.end
         if indexed is None:
             counters.count_dense(self._tokens)
         else:
@@ -113,6 +119,7 @@ class FusedStep:
         status: int = self._call(*self._references)
         if status != _NOT_FINITE:
             self.context.tail.advance(slides=False)
+            self.took_in = True
             self._tokens += 1
         return status
 
@@ -120,9 +127,9 @@ class FusedStep:
         """Let the oldest token of each row's window enter the tree, and attend sparsely."""
         context, first, rows = self.context, self._first, self._attended.size
         first.value, self._decode.end = -1, self._end
-        self._start += 1
         # what is interrupted between here and the end is in two places or in none
         context.is_torn = True
+        self._start += 1
         while True:
             self._point_to(indexed)
             status: int = self._call(*self._references)
@@ -134,6 +141,7 @@ class FusedStep:
             indexed.lens = [have + 1 for have in indexed.lens]
             self._position += 1
             context.tail.advance(slides=True)
+            self.took_in = True
         context.is_torn = status == _NO_MEMORY and first.value < rows
         return status
 
@@ -177,6 +185,8 @@ class FusedStep:
         if query.dim() != 4 or query.shape[0] != context.batch_size or query.shape[2] != 1:
             return False
         if query.shape[1] == 0 or query.shape[1] % heads:
+            return False
+        if query.shape[3] != context.tail.keys.shape[3]:
             return False
         softcap = 1.0 if new.softcap is None else new.softcap
         if not (math.isfinite(new.scaling) and math.isfinite(softcap) and softcap > 0):

@@ -11,6 +11,7 @@ from icecache.cache.background import Background
 from icecache.cache.check import (
     Expected,
     check_crop,
+    check_finite_output,
     check_positions,
     check_query,
     check_rows,
@@ -211,9 +212,9 @@ class IceCacheLayer(Stepping, Portable):
             raise InputError(f"positions go with one query token, got {num_queries}")
         if num_queries == 1:
             self._settle(self.config.window)
-            if positions is not None:
+            if positions is not None and self._context.indexed is not None:
                 rows = self.batch_size * self.num_kv_heads
-                check_positions(positions, rows, self._context.room)
+                check_positions(positions, rows, self._context.room, self.config.selection)
             ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits, positions)
             one = attend_one(self._context, self.config, self._backend, ask, self._counters)
             self._selection = None if one is None else one.positions
@@ -224,6 +225,7 @@ class IceCacheLayer(Stepping, Portable):
         out: Tensor = ops_for(self._backend).attend_dense(
             query, *dense, scaling, softcap, sink_logits
         )
+        check_finite_output(out)
         if num_queries > 1:
             # a prompt's last tokens are no draft: keeping them would hold up the first step
             draft = self._unsettled if self._unsettled <= self.config.draft else 0
@@ -286,10 +288,10 @@ class IceCacheLayer(Stepping, Portable):
 
         rows: shape [new_batch], integer. Repeated rows share their pages until they write.
         """
-        check_rows(rows, self.batch_size)
-        rows = rows.long().cpu()
+        rows = check_rows(rows, self.batch_size)
         if self._context is not None and rows.tolist() != list(range(self.batch_size)):
             self._context.reorder(rows)
+            self._selection = None
 
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""
@@ -297,7 +299,7 @@ class IceCacheLayer(Stepping, Portable):
         self._held = None
         self._counters = Counters()
         self._unsettled = 0
-        self._selection = None
+        self._selection = self._fused = None
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
         """Return the host bytes that so many more tokens take, pages and index."""

@@ -6,7 +6,6 @@ from icecache.cache.context import Context
 from icecache.cache.fused import FusedStep, NewToken
 from icecache.cache.stats import Counters
 from icecache.config import IceCacheConfig
-from icecache.errors import InputError
 
 __all__ = ["Stepping"]
 
@@ -73,7 +72,8 @@ class Stepping:
         Raises
         ------
         InputError
-            As `append` and `attend` do; the token was not taken in then.
+            As `append` and `attend` do. The token was not taken in then, nor after any other
+            error that leaves the context whole.
         """
         context = self._context
         # learned sinks, limits of memory and shared selections are the twin's
@@ -86,8 +86,9 @@ class Stepping:
             new = NewToken(query, keys, values, factor, softcap)
             try:
                 out = self._fused.run(new, self._counters)
-            except InputError:
-                self.crop(1)
+            except BaseException:
+                if self._fused.took_in and not context.is_torn:
+                    self.crop(1)
                 raise
             if out is not None:
                 self._unsettled = 1
@@ -95,6 +96,7 @@ class Stepping:
         self.append(keys, values)
         try:
             return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
-        except InputError:
-            self.crop(keys.shape[2])
+        except BaseException:
+            if self._context is not None and not self._context.is_torn:
+                self.crop(keys.shape[2])
             raise

@@ -354,4 +354,5 @@ def _staggered(settings: IceCacheConfig, number: int) -> IceCacheConfig:
         return settings
     # with shared selections a leader and its followers become sparse together
     place = number // settings.layer_reuse
-    return settings.replace(dense_until=settings.dense_until + _STEPS_BETWEEN_BUILDS * place)
+    until = settings.dense_until + _STEPS_BETWEEN_BUILDS * place
+    return settings.replace(dense_until=min(until, 1 << 31))

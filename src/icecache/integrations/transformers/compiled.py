@@ -30,6 +30,7 @@ _SCHEMA = (
     " Tensor? sinks) -> Tensor"
 )
 _PLAINLY = nullcontext()
+_MOST_GRAPHS = 4
 _PLAIN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _IGNORED = {"attention_mask", "logits_to_keep", "cache_position"}
 
@@ -127,10 +128,13 @@ class CompiledStep:
 
     def __call__(self, **inputs: Any) -> Any:
         """Do what ``model(**inputs)`` does."""
-        if not is_plain_step(inputs):
+        if self.model.training or not is_plain_step(inputs):
             return self.model(**inputs)
         cache: IceCache = inputs["past_key_values"]
         token_ids = inputs["input_ids"]
+        # a graph for each batch size, and dynamo makes only so many of them
+        if token_ids.shape not in self._shapes and len(self._shapes) == _MOST_GRAPHS:
+            return self.model(**inputs)
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
@@ -181,8 +185,10 @@ def is_plain_step(inputs: dict[str, Any]) -> bool:
         if name not in _PLAIN and name not in _IGNORED
     ):
         return False
-    mask = inputs.get("attention_mask")
-    return mask is None or (mask.dim() == 2 and bool(mask.all()))
+    if inputs.get("use_cache") is False or inputs.get("return_dict") is False:
+        return False
+    mask, width = inputs.get("attention_mask"), cache.get_seq_length() + 1
+    return mask is None or (mask.dim() == 2 and mask.shape[1] == width and bool(mask.all()))
 
 
 def _fingerprint(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:

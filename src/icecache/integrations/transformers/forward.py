@@ -34,6 +34,7 @@ class ForwardPass:
         self._saved: list[tuple[Any, dict[str, Any]]] = []
         self._last = len(layers)
         self._past = self._tokens = 0
+        self._has_begun = False
         self._broken: str | None = None
         self.batch_size: int | None = None
         self.padding = Padding()
@@ -64,9 +65,18 @@ class ForwardPass:
         self.padding.commit()
         self._saved = []
         self._last = len(self._layers)
+        self._has_begun = False
 
     def undo(self) -> None:
-        """Take the running forward back; a cache that cannot go back refuses all further use."""
+        """Take the running forward back; a cache that cannot go back refuses all further use.
+
+        A forward that was refused before it began is none.
+        """
+        if self._has_begun:
+            self._take_all_back()
+
+    def _take_all_back(self) -> None:
+        self._has_begun = False
         for layer in self._managed:
             layer.is_pending = False
             if layer.num_columns > self._past:
@@ -102,11 +112,12 @@ class ForwardPass:
         self._past = max((layer.num_columns for layer in self._managed), default=0)
 
     def _begin(self, keys: torch.Tensor) -> None:
+        self._has_begun = False
         if self._broken is not None:
             raise InputError(self._broken)
         lengths = {layer.num_columns for layer in self._managed}
         if len(lengths) > 1:
-            self.undo()
+            self._take_all_back()
             raise InputError(
                 "an earlier forward stopped half-way through the layers; it was undone, and the "
                 f"cache holds {self._past} tokens again: repeat that call"
@@ -132,6 +143,7 @@ class ForwardPass:
             for layer in self._layers
             if isinstance(layer, CacheLayerMixin) and not isinstance(layer, ManagedLayer)
         ]
+        self._has_begun = True
 
     def _check_memory(self, keys: torch.Tensor) -> None:
         """Ask for the memory of all layers at once: the last must not fail after the first took."""

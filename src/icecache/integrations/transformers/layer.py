@@ -66,6 +66,12 @@ class ManagedLayer(CacheLayerMixin):
         self._make(heads, dim, key_states.dtype, key_states.device)
 
     def _make(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        leader = None if self._leader is None else self._leader.core
+        if leader is not None and leader.num_kv_heads != heads:
+            raise UnsupportedModel(
+                f"layer_reuse shares selections between layers of as many KV heads, and here are "
+                f"layers of {leader.num_kv_heads} and {heads}; use layer_reuse=1 for this model"
+            )
         self.core = IceCacheLayer(
             self.settings,
             num_kv_heads=heads,

@@ -5,6 +5,8 @@ import statistics
 import time
 from typing import Any
 
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from transformers import PreTrainedModel
 
 from icecache.errors import IceCacheError
@@ -58,15 +60,14 @@ class PacedStep:
 
     def __call__(self, **inputs: Any) -> Any:
         """Do what ``model(**inputs)`` does."""
-        if self._left < 0 or not is_plain_step(inputs):
+        if self._left < 0 or self.model.training or not is_plain_step(inputs):
             return self.model(**inputs)
         if self._left > 0:
             self._left -= 1
             return self._timed(self.model, self._eager, inputs)
         if self.compiled is None:
             _LOGGER.info("compiling the decode step after %d steps without", len(self._eager))
-            self.compiled = CompiledStep(self.model)
-            return self.compiled(**inputs)
+            return self._first_compiled(inputs)
         if len(self._trial) == _TRIAL:
             return self.compiled(**inputs)
         output = self._timed(self.compiled, self._trial, inputs)
@@ -75,8 +76,18 @@ class PacedStep:
             self._left = -1
         return output
 
+    def _first_compiled(self, inputs: dict[str, Any]) -> Any:
+        """Make the graph; where that fails the step has not begun, and runs as it is."""
+        self.compiled = CompiledStep(self.model)
+        try:
+            return self.compiled(**inputs)
+        except (TorchDynamoException, InductorError) as reason:
+            _LOGGER.warning("decode steps stay uncompiled: %s", reason)
+            self._left, self.compiled = -1, None
+            return self.model(**inputs)
+
     def _is_faster(self) -> bool:
-        return statistics.median(self._trial) < statistics.median(self._eager)
+        return not self._eager or statistics.median(self._trial) < statistics.median(self._eager)
 
     def _timed(self, call: Any, seconds: list[float], inputs: dict[str, Any]) -> Any:
         start = time.perf_counter()

@@ -137,7 +137,7 @@ int icecache_dense_step(const Shape *s, const Segment *segments, int64_t num_seg
     }
     if (tokens * per_row < LEAST_WORK) threads = 1;
 #if defined(_OPENMP)
-#pragma omp parallel num_threads((int)threads) if (threads > 1)
+#pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : failed)
 #else
     (void)threads;
 #endif
