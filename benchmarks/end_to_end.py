@@ -51,7 +51,7 @@ from transformers import PreTrainedModel
 from icecache import IceCacheConfig
 from icecache.integrations.embedded import load
 
-METHODS = ("icecache", "topk", "paper", "exact", "full")
+METHODS = ("icecache", "icecache-r", "topk", "paper", "exact", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,20 @@ class Method:
             return lambda keys, values: TopKStore(keys, values, steps, self.config)
         if self.name == "full":
             return lambda keys, values: FullStore(keys, values, steps)
-        return lambda keys, values: IceStore(keys, values, self.config)
+        return IceStore.maker(self.config)
 
 
 def make_methods(names: list[str], budgets: list[int], overrides: dict[str, Any]) -> list[Method]:
     """Every method at every budget; the baselines share the sink and window of IceCache."""
     variants = {"paper": "paper", "exact": "exact"}
+    more = {"icecache-r": {"layer_reuse": 2}}
     return [
-        Method(name, build_config(variants.get(name, "default"), budget, overrides))
+        Method(
+            name,
+            build_config(
+                variants.get(name, "default"), budget, {**overrides, **more.get(name, {})}
+            ),
+        )
         for budget in budgets
         for name in names
     ]

@@ -9,9 +9,8 @@ per query token and KV head, and the error over that of a flat scan of every lea
 
 The library stores 8 bits. Rows of other codes are marked `simulated`: after the build the codes of
 every leaf and node are requantised to 15 levels with a scale per row, the spread takes the coarser
-rounding in, and bytes are counted as two codes would be packed in one. `centred` keys are kept less
-the mean key of their KV head, which adds one vector a head. Without value means there is nothing to
-estimate the remainder from, so it is dropped.
+rounding in, and bytes are counted as two codes would be packed in one. Without value means there is
+nothing to estimate the remainder from, so it is dropped.
 """
 
 from __future__ import annotations
@@ -98,12 +97,6 @@ def with_leaves(config: IceCacheConfig, leaf_size: int) -> IceCacheConfig | None
     )
 
 
-def centred(record: KVRecord) -> KVRecord:
-    """The record with keys less their mean; the same attention."""
-    keys = record.keys - record.keys.mean(1, keepdim=True)
-    return KVRecord(record.layer, keys, record.values, record.queries)
-
-
 def built_layer(record: KVRecord, config: IceCacheConfig) -> IceCacheLayer:
     """A layer with its tree, which the first attend builds."""
     layer = prefilled_layer(config, record.keys, record.values)
@@ -124,7 +117,7 @@ def sample(layer: IceCacheLayer, case: Case, codes: Codes) -> dict[str, float]:
         output = attend_steps(layer, record.queries, record.scaling)
     stats = layer.stats()
     entries = stats.leaves + stats.nodes
-    saved = saved_bytes(codes, record.keys.shape[-1], entries, tree.num_rows)
+    saved = saved_bytes(codes, record.keys.shape[-1], entries)
     return {
         "error": relative_errors(output, case.full).mean().item(),
         "topk_error": case.topk_error,
@@ -158,11 +151,10 @@ def leaf_rows(cases: list[Case], config: IceCacheConfig) -> Rows:
     for case in cases:
         layers = {}
         for name, codes in CODES.items():
-            kind = codes.centred, codes.values > 0
-            if kind not in layers:
-                record = centred(case.record) if codes.centred else case.record
-                layers[kind] = built_layer(record, config.replace(remainder=codes.values > 0))
-            found[name].append(sample(layers[kind], case, codes))
+            estimates = codes.values > 0
+            if estimates not in layers:
+                layers[estimates] = built_layer(case.record, config.replace(remainder=estimates))
+            found[name].append(sample(layers[estimates], case, codes))
     sizes = {name: getattr(config, name) for name in ("leaf_size", "leaf_target", "page_size")}
     return [
         {**sizes, "codes": name, "simulated": CODES[name].simulated, **summary(samples)}

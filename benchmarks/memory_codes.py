@@ -13,19 +13,14 @@ from torch import Tensor
 from icecache.tree.level import Level
 from icecache.tree.tree import Tree
 
-_SCALE_BYTES, _CENTRE_BYTES = 2, 4
+_SCALE_BYTES = 2
 
 
 class Codes(NamedTuple):
-    """How means are kept: bits of a key's and of a value's code, 0 where there are no values.
-
-    `centred`: keys are kept less the mean key of their KV head. All logits of a query move by the
-    same then, so that attention does not change.
-    """
+    """How means are kept: bits of a key's and of a value's code, 0 where there are no values."""
 
     keys: int
     values: int
-    centred: bool = False
 
     @property
     def simulated(self) -> bool:
@@ -34,14 +29,11 @@ class Codes(NamedTuple):
 
 CODES = {
     "int8": Codes(8, 8),
-    "int8 centred": Codes(8, 8, centred=True),
     "int4 values": Codes(8, 4),
     "int4 keys": Codes(4, 8),
     "int4 both": Codes(4, 4),
-    "int4 keys, centred": Codes(4, 8, centred=True),
-    "int4 both, centred": Codes(4, 4, centred=True),
     "int8 keys, no values": Codes(8, 0),
-    "int4 keys, centred, no values": Codes(4, 0, centred=True),
+    "int4 keys, no values": Codes(4, 0),
 }
 
 
@@ -82,13 +74,12 @@ def narrowed(tree: Tree, codes: Codes) -> Iterator[None]:
             array.copy_(before)
 
 
-def saved_bytes(codes: Codes, head_dim: int, entries: int, rows: int) -> int:
-    """Bytes that the index of so many leaves and nodes, in all rows, is smaller than int8's."""
+def saved_bytes(codes: Codes, head_dim: int, entries: int) -> int:
+    """Bytes that the index of so many leaves and nodes is smaller than int8's."""
     keys = head_dim - _packed(head_dim, codes.keys)
     values = head_dim - _packed(head_dim, codes.values)
     scale = 0 if codes.values else _SCALE_BYTES
-    centre = _CENTRE_BYTES * head_dim * codes.centred
-    return entries * (keys + values + scale) - rows * centre
+    return entries * (keys + values + scale)
 
 
 def _packed(head_dim: int, bits: int) -> int:

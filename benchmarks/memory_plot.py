@@ -31,11 +31,9 @@ _STYLES = {
     "int8": _Style("C0", "-", "right"),
     "int4 values": _Style("C0", "--"),
     "int8 keys, no values": _Style("C0", ":", "right"),
-    "int4 keys": _Style("C3", "-"),
-    "int4 both": _Style("C3", "--"),
-    "int4 keys, centred": _Style("C2", "-"),
-    "int4 both, centred": _Style("C2", "--", "left"),
-    "int4 keys, centred, no values": _Style("C2", ":", "left"),
+    "int4 keys": _Style("C2", "-"),
+    "int4 both": _Style("C2", "--", "left"),
+    "int4 keys, no values": _Style("C2", ":", "left"),
 }
 
 

@@ -70,14 +70,34 @@ class TopKStore(FullStore):
 
 
 class IceStore:
-    """An `IceCacheLayer` behind the same interface."""
+    """An `IceCacheLayer` behind the same interface; one with a leader attends to its selection."""
 
-    def __init__(self, keys: Tensor, values: Tensor, config: IceCacheConfig) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        config: IceCacheConfig,
+        leader: IceStore | None = None,
+    ) -> None:
         self.layer = prefilled_layer(config, keys, values)
+        self.leader = leader
+
+    @classmethod
+    def maker(cls, config: IceCacheConfig) -> MakeStore:
+        """Return what makes the stores of a row, called for one layer after the other."""
+        made: list[IceStore] = []
+
+        def make(keys: Tensor, values: Tensor) -> IceStore:
+            behind = len(made) % config.layer_reuse
+            made.append(cls(keys, values, config, made[-behind] if behind else None))
+            return made[-1]
+
+        return make
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.layer.append(key[None], value[None])
-        return self.layer.attend(query[None], scaling=scaling)[0]
+        given = None if self.leader is None else self.leader.layer.selection
+        return self.layer.attend(query[None], scaling=scaling, positions=given)[0]
 
 
 MakeStore = Callable[[Tensor, Tensor], TokenStore]

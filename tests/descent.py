@@ -1,5 +1,6 @@
 """The slow twin of a search: which leaves are near a query, which nodes stay far."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig
-from icecache.tree.level import NONE, Level
+from icecache.tree.level import NONE
 from icecache.tree.tree import Tree
 
 
@@ -41,7 +42,7 @@ def children_of(tree: Tree, number: int, row: int) -> list[list[int]]:
 
 
 def estimate(
-    level: Level,
+    tree: Tree,
     number: int,
     row: int,
     ids: list[int],
@@ -50,8 +51,8 @@ def estimate(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return what leaves or nodes weigh for a query: logits and corrections, shape [n] each."""
-    s = level.at(row, torch.tensor(ids, dtype=torch.int64))
-    logits = scaling * (s.keys() @ q)
+    s = tree.levels[number].at(row, torch.tensor(ids, dtype=torch.int64))
+    logits = scaling * ((tree.leaves.centre[row] + s.keys()) @ q)
     correction = 0.5 * scaling**2 * (q @ q) * s.spread.float() / q.shape[0]
     if softcap is not None:
         slope = 1 - torch.tanh(logits / softcap) ** 2
@@ -77,19 +78,18 @@ def slow_descent(
     beside, scored = beside.clone(), 0
     for number in range(top, 0, -1):
         expanded = frontier
-        if len(frontier) > config.field_of_view:
+        field = config.field_of_view if number == 1 else math.ceil(config.field_of_view / 2)
+        if len(frontier) > field:
             scored += len(frontier)
             worth, likely = torch.zeros(len(frontier)), []
             for q, rest in zip(queries, beside, strict=True):
-                logits, correction = estimate(
-                    tree.levels[number], number, row, frontier, q, scaling, softcap
-                )
+                logits, correction = estimate(tree, number, row, frontier, q, scaling, softcap)
                 likely.append(logits + correction)
                 total = torch.logaddexp(likely[-1].logsumexp(0), rest)
                 error = correction.sqrt() if config.estimates_remainder else 1.0
                 worth += (likely[-1] - total).exp() * error
             by_worth = np.lexsort((np.asarray(frontier), -worth.numpy()))
-            best = set(by_worth[: config.field_of_view].tolist())
+            best = set(by_worth[:field].tolist())
             rest_of = [i for i in range(len(frontier)) if i not in best]
             far += [(number, frontier[i]) for i in rest_of]
             for head, estimates in enumerate(likely):

@@ -306,11 +306,11 @@ def _estimates(
         [queries.new_zeros(0, queries.shape[1])],
     )
     for number in sorted({number for number, _ in rest}):
-        level = layer._context.indexed.tree.levels[number]
+        tree = layer._context.indexed.tree
         ids = [i for of, i in rest if of == number]
-        parts = [estimate(level, number, row, ids, q, scaling, softcap) for q in queries]
+        parts = [estimate(tree, number, row, ids, q, scaling, softcap) for q in queries]
         logits.append(torch.stack([a + layer.config.spread_weight * c for a, c in parts]))
-        means.append(level.at(row, torch.tensor(ids)).values())
+        means.append(tree.levels[number].at(row, torch.tensor(ids)).values())
     return torch.cat(logits, 1), torch.cat(means)
 
 

@@ -77,14 +77,17 @@ def assert_true_summaries(indexed: IndexedTokens) -> None:
                 continue
             count, *means, spread = batched.summarize(truth.keys, truth.values, ids, num)
             s = level.at(row, torch.arange(num))
+            mean_keys = indexed.leaves.centre[row] + s.keys()
             assert s.count.tolist() == count.tolist(), f"row {row}, level {number}"
-            for name, kept, mean in zip(("key", "value"), (s.keys(), s.values()), means):
+            for name, kept, mean in zip(("key", "value"), (mean_keys, s.values()), means):
                 scale = float(getattr(s, f"{name}_scale").max())
                 largest_scale[name] = max(largest_scale[name], scale)
                 # each level rounds once, to half a code and a little more where bfloat16 clips
                 off = float((kept - mean).abs().max())
-                assert off <= 0.8 * (number + 1) * largest_scale[name], f"{row}, {number}, {name}"
+                assert off <= 0.8 * (number + 1) * largest_scale[name] + 1e-5, (
+                    f"{row}, {number}, {name}"
+                )
             # rounding is counted as spread, once a level; the spreads are bfloat16
             rounding = (number + 1) * level.head_dim * largest_scale["key"] ** 2
             off = (s.spread.float() - spread).abs() - 2**-7 * (number + 1) * spread
-            assert float(off.max()) <= rounding, f"row {row}, level {number}"
+            assert float(off.max()) <= rounding + 1e-9, f"row {row}, level {number}"

@@ -12,6 +12,7 @@ import teacher  # noqa: E402
 from prompts import Prompt, choose_prompts  # noqa: E402
 from row_log import RowLog  # noqa: E402
 
+from icecache import IceCacheConfig  # noqa: E402
 from icecache.errors import InputError  # noqa: E402
 
 STEPS = 6
@@ -75,6 +76,17 @@ def test_budget_above_the_context_has_no_divergence(model: Any, prompt: Prompt) 
     rows = end_to_end.measure_prompt(prompt, model, model, methods, STEPS)
     assert all(abs(row["kl"]) < 1e-6 for row in rows)
     assert all(row["top1"] == 1.0 for row in rows)
+
+
+def test_stores_follow_the_first_of_so_many_layers() -> None:
+    make = teacher.IceStore.maker(IceCacheConfig(budget=64, layer_reuse=3))
+    stores = [make(*torch.randn(2, 1, 100, 16)) for _ in range(7)]
+    leaders = [stores.index(store.leader) if store.leader else None for store in stores]
+    assert leaders == [None, 0, 0, None, 3, 3, None]
+    token = torch.randn(3, 1, 1, 16)
+    for store in stores:
+        store.step(*token, scaling=0.25)
+    assert [store.layer.stats().reused_steps for store in stores] == [0, 1, 1, 0, 1, 1, 0]
 
 
 def test_banned_tokens_are_never_answered(model: Any, prompt: Prompt) -> None:

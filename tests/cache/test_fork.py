@@ -5,7 +5,7 @@ import torch
 
 from icecache import IceCacheLayer
 from tests.cache.test_snapshot import grown
-from tests.helpers import FAST_BACKENDS, make_query, make_tokens, small_layer
+from tests.helpers import FAST_BACKENDS, left_padded, make_query, make_tokens, small_layer
 
 
 def step(layer: IceCacheLayer, seed: int, num: int = 1) -> torch.Tensor:
@@ -30,6 +30,37 @@ def test_forks_go_on_as_layers_of_their_own(prompt: int, backend: str) -> None:
     for ours, plain in zip(together, alone, strict=True):
         ours.check_integrity()
         assert ours.stats().leaves == plain.stats().leaves
+
+
+def test_forks_go_on_by_fused_steps() -> None:
+    """What a step has prepared points into its own layer's tree, also after a fork."""
+    shared, alone = (grown(small_layer(), 1, 400, 2) for _ in range(2))
+    token = lambda seed: (make_query(seed + 1, 1, 4, 1), *make_tokens(seed, 1, 1))  # noqa: E731
+    assert torch.equal(shared.step(*token(50)), alone.step(*token(50)))
+    fork, plain = shared.fork(), grown(small_layer(), 1, 400, 2)
+    plain.step(*token(50))
+    for seed in range(100, 130):
+        assert torch.equal(fork.step(*token(seed)), plain.step(*token(seed)))
+        other = 1000 + seed
+        assert torch.equal(shared.step(*token(other)), alone.step(*token(other)))
+    for layer in (fork, shared):
+        layer.check_integrity()
+
+
+def test_forks_of_a_short_row_count_means_from_centres_of_their_own() -> None:
+    layer = small_layer()
+    layer.prefill(*make_tokens(1, 2, 400), left_padded([400, 5]))
+    layer.attend(make_query(2, 2, 4, 1))
+    assert layer._context.indexed.leaves.num[-1] == 0
+    fork = layer.fork()
+    for each, shift in ((layer, 0.0), (fork, 50.0)):
+        keys, values = make_tokens(7, 2, 300)
+        each.prefill(keys + shift, values)
+        each.attend(make_query(8, 2, 4, 1))
+    centres = [each._context.indexed.leaves.centre[-1] for each in (layer, fork)]
+    assert bool((centres[1] - centres[0] > 40).all())
+    for each in (layer, fork):
+        each.check_integrity()
 
 
 def test_a_fork_takes_no_page_until_it_writes() -> None:

@@ -19,8 +19,8 @@ def test_index_bytes_follow_the_formula(dim: int, leaf_size: int, leaf_target: i
     stats = layer.stats()
     tokens = 2 * (4000 - config.sink - config.window)
     leaf, page, node = 2 * dim + 15 + math.ceil(config.page_size / 8), 13, 2 * dim + 18
-    lists = 2 * 4 * (config.page_size + 1)
-    formula = leaf * stats.leaves + page * stats.pages + node * stats.nodes + lists
+    row = 4 * dim + 4 * (config.page_size + 1)
+    formula = leaf * stats.leaves + page * stats.pages + node * stats.nodes + 2 * row
     assert stats.index_bytes == formula
     if dim == 64:
         assert formula / tokens <= 40

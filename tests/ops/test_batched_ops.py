@@ -94,11 +94,12 @@ def test_quantize_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dim", "group"), SHAPES)
 def test_score_leaves(dim: int, group: int, softcap: float | None) -> None:
     query = _normal(4, ROWS, group, dim)
-    arguments = (query, *_leaves(5, dim), dim**-0.5, softcap)
+    centre = 3 * _normal(6, ROWS, dim)
+    arguments = (query, centre, *_leaves(5, dim), dim**-0.5, softcap)
     logits, correction = batched.score_leaves(*arguments)
     true_logits, true_correction = reference.score_leaves(*arguments)
     torch.testing.assert_close(logits, true_logits, rtol=1e-5, atol=1e-5)
-    alive = (arguments[3] > 0)[:, None].expand_as(logits)
+    alive = (arguments[4] > 0)[:, None].expand_as(logits)
     assert bool((logits[~alive] == -math.inf).all())
     torch.testing.assert_close(correction[alive], true_correction[alive], rtol=1e-5, atol=1e-6)
 
@@ -152,7 +153,8 @@ def test_attend_parts(
     query = _normal(8, ROWS, group, dim)
     keys, values = _normal(9, ROWS, 63, dim).to(dtype), _normal(10, ROWS, 63, dim).to(dtype)
     codes, scale, count, spread = _leaves(11, dim)
-    logits, _ = reference.score_leaves(query, codes, scale, count, spread, dim**-0.5, softcap)
+    centre, rest = _normal(14, ROWS, dim), (codes, scale, count, spread, dim**-0.5, softcap)
+    logits, _ = reference.score_leaves(query, centre, *rest)
     logits[0, :, 3] = -math.inf
     value_codes, value_scale = reference.quantize_rows(_normal(12, ROWS, LEAVES, dim))
     sink_logits = _normal(13, ROWS, group) if sinks else None

@@ -16,12 +16,14 @@ class Ask(NamedTuple):
     scaling : float. Of the logits.
     softcap : float, optional. Logits become softcap * tanh(logits / softcap).
     sink_logits : shape [rows, heads], optional. Learned logits without a value.
+    positions : shape [rows, most], integer, optional. Tokens to attend, not to choose; -1 behind.
     """
 
     query: Tensor
     scaling: float
     softcap: float | None
     sink_logits: Tensor | None
+    positions: Tensor | None = None
 
     @classmethod
     def of_layer(
@@ -31,6 +33,7 @@ class Ask(NamedTuple):
         scaling: float,
         softcap: float | None,
         sink_logits: Tensor | None,
+        positions: Tensor | None = None,
     ) -> "Ask":
         """Put the query heads of a KV head in one row.
 
@@ -40,4 +43,4 @@ class Ask(NamedTuple):
         grouped = query.reshape(rows, -1, query.shape[3]).float().contiguous()
         if sink_logits is not None:
             sink_logits = sink_logits.view(1, -1).expand(query.shape[0], -1).reshape(rows, -1)
-        return cls(grouped, scaling, softcap, sink_logits)
+        return cls(grouped, scaling, softcap, sink_logits, positions)

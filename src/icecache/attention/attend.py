@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from icecache.attention.ask import Ask
+from icecache.attention.given import take_given
 from icecache.attention.select import (
     Choice,
     choose_best_tokens,
     choose_leaves,
     choose_pages_of_best_tokens,
+    shares,
 )
 from icecache.config import IceCacheConfig
 from icecache.store.page_table import PageTable
@@ -77,13 +79,18 @@ def attend_sparse(
     leaves = stored.tree.leaves
     remainder = None
     if config.selection == "tree":
-        index = TreeIndex(stored.tree, config, ops)
+        index = TreeIndex(stored.tree, config, ops, is_flat=ask.positions is not None)
         scores = index.search(ask.query, fixed_lse, ask.scaling, ask.softcap)
-        page = leaves.pages() if config.unit == "page" else None
-        choice = choose_leaves(
-            scores, leaves.counts(), page, room, config.estimates_remainder, ops.choose_within
-        )
-        tokens, taken = _tokens_of(choice.chosen, stored)
+        if ask.positions is None:
+            page = leaves.pages() if config.unit == "page" else None
+            choice = choose_leaves(
+                scores, leaves.counts(), page, room, config.estimates_remainder, ops.choose_within
+            )
+            tokens, taken = _tokens_of(choice.chosen, stored)
+        else:
+            given = take_given(scores, ask.positions, stored.tree, stored.pool, stored.pages)
+            scores, choice = given.scores, Choice(given.chosen, shares(given.scores))
+            tokens, taken = _compact(given.tokens.flatten(1), given.wanted.flatten(1))
         if config.estimates_remainder:
             remainder = _remainder(scores, choice.chosen, stored.tree, config)
     else:

@@ -21,7 +21,10 @@ __all__ = [
     "can_attend",
     "can_attend_spans",
     "search_native",
+    "segment",
 ]
+
+_EVERY_LEAF = 1 << 62
 
 
 class Span(NamedTuple):
@@ -46,7 +49,8 @@ class NativeStep(NamedTuple):
     ----------
     out : shape [rows, heads, head_dim], float32; None of a search
     num_attended : shape [rows], int32
-    positions : shape [rows, room], int32; of the selected tokens, -1 behind; None of a step
+    positions : shape [rows, room], int32; of the selected tokens, -1 behind; None of a step whose
+        selection no other layer reuses
     nodes_scored, leaves_scored : int, over all rows
     """
 
@@ -73,7 +77,8 @@ def attend_native(
 ) -> NativeStep:
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out = torch.empty_like(ask.query)
-    return _call(ask, spans, stored, config, out, None)
+    positions = _no_positions(ask, spans, config) if config.layer_reuse > 1 else None
+    return _call(ask, spans, stored, config, out, positions)
 
 
 def attend_spans(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
@@ -87,9 +92,32 @@ def search_native(
     ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
 ) -> NativeStep:
     """Say which tokens a step would select; arguments as in `attend_native`."""
+    return _call(ask, spans, stored, config, None, _no_positions(ask, spans, config))
+
+
+def _no_positions(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
     room = max(0, config.budget - _most_fixed(spans))
-    positions = torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
-    return _call(ask, spans, stored, config, None, positions)
+    return torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
+
+
+def _padded(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor | None:
+    """Return the given positions, as many a row as there is room for."""
+    if ask.positions is None:
+        return None
+    positions = _no_positions(ask, spans, config)
+    positions[:, : ask.positions.shape[1]] = ask.positions
+    return positions
+
+
+def segment(span: Span) -> Segment:
+    """Return where a span is, for the compiled ops; valid as long as the span is there."""
+    return Segment(
+        keys=pointer(span.keys),
+        values=pointer(span.values),
+        row_stride=span.keys.shape[2] * span.keys.shape[3],
+        start=span.start.ctypes.data,
+        len=span.lens.ctypes.data,
+    )
 
 
 def _most_fixed(spans: list[Span]) -> int:
@@ -114,7 +142,7 @@ def _call(
         page_size=config.page_size,
         room=0 if stored is None else config.budget - _most_fixed(spans),
         most_children=2 * config.fan_out,
-        crossover=config.most_flat_leaves,
+        crossover=config.most_flat_leaves if ask.positions is None else _EVERY_LEAF,
         field_of_view=config.field_of_view,
         dtype=DTYPES[spans[0].keys.dtype],
         remainder=config.estimates_remainder,
@@ -124,16 +152,11 @@ def _call(
     )
     segments = (Segment * len(spans))()
     for i, span in enumerate(spans):
-        segments[i] = Segment(
-            keys=pointer(span.keys),
-            values=pointer(span.values),
-            row_stride=span.keys.shape[2] * dim,
-            start=span.start.ctypes.data,
-            len=span.lens.ctypes.data,
-        )
+        segments[i] = segment(span)
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
-    result = Result(pointer(out), pointer(num_attended), pointer(positions))
+    given = _padded(ask, spans, config)
+    result = Result(pointer(out), pointer(num_attended), pointer(positions), pointer(given))
     failed = load().icecache_sparse_step(
         ctypes.byref(shape),
         None if stored is None else ctypes.byref(stored.tree.native()),
@@ -142,6 +165,7 @@ def _call(
         len(spans),
         pointer(ask.query),
         pointer(sinks),
+        torch.get_num_threads(),
         ctypes.byref(result),
     )
     if failed:

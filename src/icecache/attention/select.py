@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icecache.tree.search import LeafScores
 
-__all__ = ["Choice", "choose_best_tokens", "choose_leaves", "choose_pages_of_best_tokens"]
+__all__ = ["Choice", "choose_best_tokens", "choose_leaves", "choose_pages_of_best_tokens", "shares"]
 
 
 class Choice(NamedTuple):
@@ -52,7 +52,7 @@ def choose_leaves(
     choose_within : callable
         The op.
     """
-    share = _shares(scores)
+    share = shares(scores)
     worth = share * scores.correction.sqrt() if remainder else share
     worth = worth.sum(1)
     # leaves below nodes that were not expanded are not there to be chosen
@@ -68,7 +68,7 @@ def choose_leaves(
 
 def choose_best_tokens(scores: LeafScores, room: int) -> Choice:
     """Choose the `room` tokens of largest summed share; scores are of single tokens."""
-    share = _shares(scores)
+    share = shares(scores)
     vote = share.sum(1).masked_fill(scores.logits[:, 0] == -math.inf, -1.0)
     best, tokens = vote.topk(min(room, vote.shape[1]), dim=1)
     chosen = torch.zeros(vote.shape, dtype=torch.bool).scatter_(1, tokens, best >= 0)
@@ -92,10 +92,11 @@ def choose_pages_of_best_tokens(scores: LeafScores, page: Tensor, num_pages: int
     taken = turn.argsort(1)[:, :num_pages]
     chosen = torch.zeros(turn.shape, dtype=torch.bool).scatter_(1, taken, True)
     chosen = chosen.gather(1, where) & (scores.logits[:, 0] > -math.inf)
-    return Choice(chosen, _shares(scores))
+    return Choice(chosen, shares(scores))
 
 
-def _shares(scores: LeafScores) -> Tensor:
+def shares(scores: LeafScores) -> Tensor:
+    """Return estimated shares of the attention, shape [rows, heads, leaves or tokens]."""
     likely = scores.logits + scores.correction
     total = torch.logaddexp(likely.logsumexp(-1), scores.beside)
     return (likely - total[..., None]).exp()

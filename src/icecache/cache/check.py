@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from icecache.errors import InputError
+from icecache.errors import ConfigError, InputError
 
-__all__ = ["Expected", "check_query", "check_rows", "check_tokens"]
+__all__ = ["Expected", "check_crop", "check_positions", "check_query", "check_rows", "check_tokens"]
 
 
 class Expected(NamedTuple):
@@ -18,6 +18,22 @@ class Expected(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def checked(
+        cls, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str | torch.device
+    ) -> "Expected":
+        """Raise `ConfigError` unless a layer can have such tensors."""
+        for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if dtype not in _DTYPES:
+            names = ", ".join(str(known) for known in _DTYPES)
+            raise ConfigError(f"dtype must be a floating-point type of {names}, got {dtype!r}")
+        device = torch.device(device)
+        if device.type != "cpu":
+            raise ConfigError(f"device must be cpu in this version, got {device}")
+        return cls(num_kv_heads, head_dim, dtype, device)
 
 
 def check_tokens(
@@ -104,6 +120,31 @@ def check_query(
             raise InputError("sink_logits must be numbers, got NaN")
 
 
+def check_positions(positions: Tensor, num_rows: int, room: int) -> None:
+    """Raise `InputError` unless positions name as many tokens a row as there is room for."""
+    _check_tensor("positions", positions)
+    if positions.dtype not in _INTEGER_TYPES or positions.dim() != 2:
+        raise InputError(
+            f"positions must be integers of shape [batch * num_kv_heads, tokens], "
+            f"got {positions.dtype} of shape {_shape(positions)}"
+        )
+    if positions.shape[0] != num_rows or positions.shape[1] > room:
+        raise InputError(
+            f"positions must be of {num_rows} rows and at most {room} tokens, what the budget "
+            f"leaves beside sink and window, got {_shape(positions)}"
+        )
+
+
+def check_crop(num_tokens: int, held: int) -> None:
+    """Raise `InputError` unless so many of the `held` latest tokens can be dropped."""
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+        raise InputError(f"crop must be an integer, got {num_tokens!r}")
+    if not 0 <= num_tokens <= held:
+        raise InputError(
+            f"crop must be from 0 to the {held} tokens still in the window, got {num_tokens}"
+        )
+
+
 def check_rows(rows: Tensor, batch: int) -> None:
     """Raise `InputError` unless `rows` names rows of the batch."""
     _check_tensor("rows", rows)
@@ -115,6 +156,7 @@ def check_rows(rows: Tensor, batch: int) -> None:
         raise InputError(f"rows must be from 0 to {batch - 1}, got {rows.tolist()}")
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

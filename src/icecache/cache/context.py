@@ -107,7 +107,7 @@ class Context:
         """
         self._check_whole()
         if self.indexed is None:
-            if max(self.tail.lens) <= self._config.budget:
+            if max(self.tail.lens) <= self._config.most_dense_tokens:
                 return 0, 0
             self._start_index()
         self._fill_sink([max(0, length - keep) for length in self.tail.lens])
@@ -123,6 +123,12 @@ class Context:
         if max(leaving) > 2 * _TAIL_SLACK:
             self.tail.release()
         return inserted, sum(leaving) * self._num_kv_heads - inserted
+
+    @property
+    def room(self) -> int:
+        """Tokens that the budget leaves a row beside sink and window."""
+        fixed = (sink + tail for sink, tail in zip(self._sink_lens, self.tail.lens, strict=True))
+        return max(0, self._config.budget - max(fixed))
 
     def spans(self) -> list[Span]:
         """Return sink and window where they lie; the same tokens as `fixed`."""

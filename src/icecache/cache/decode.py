@@ -21,7 +21,7 @@ from icecache.config import IceCacheConfig
 from icecache.errors import InputError
 from icecache.ops.dispatch import ops_for
 
-__all__ = ["SearchResult", "attend_one", "inspect_step", "search_step"]
+__all__ = ["Attended", "SearchResult", "attend_one", "inspect_step", "search_step"]
 
 
 class SearchResult(NamedTuple):
@@ -41,37 +41,54 @@ class SearchResult(NamedTuple):
     leaves_scored: int
 
 
+class Attended(NamedTuple):
+    """What a step gave.
+
+    Attributes
+    ----------
+    out : shape [rows, heads, head_dim], float32
+    positions : shape [rows, most], int32, optional
+        As in `SearchResult`, where layers reuse selections.
+    """
+
+    out: Tensor
+    positions: Tensor | None
+
+
 def attend_one(
     context: Context, config: IceCacheConfig, backend: str, ask: Ask, counters: Counters
-) -> Tensor | None:
-    """Attend one query token per head: shape [rows, heads, head_dim], float32.
+) -> Attended | None:
+    """Attend one query token per head.
 
     None of a context without an index where the compiled step cannot attend to all of it.
     """
     if context.indexed is None:
         if backend != "native" or not can_attend_spans(ask.query, context.tail.dtype):
             return None
-        out = attend_spans(ask, context.whole(), config)
+        step = Attended(attend_spans(ask, context.whole(), config), None)
         counters.count_dense(max(context.row_lens))
     else:
-        out = _attend_sparse(context, config, backend, ask, counters)
-    if not math.isfinite(float(out.sum())):
+        step = _attend_sparse(context, config, backend, ask, counters)
+    if not math.isfinite(float(step.out.sum())):
         raise InputError("attention overflowed: keys or query are too large for float32")
-    return out
+    return step
 
 
 def _attend_sparse(
     context: Context, config: IceCacheConfig, backend: str, ask: Ask, counters: Counters
-) -> Tensor:
+) -> Attended:
     stored = _stored(context)
+    counters.reused_steps += ask.positions is not None
     if backend == "native" and can_attend(config, ask.query, stored.pool.dtype):
         step = attend_native(ask, context.spans(), stored, config)
         counters.count_sparse(step.nodes_scored, step.leaves_scored, step.num_attended)
         assert step.out is not None
-        return step.out
+        return Attended(step.out, step.positions)
     twin = inspect_step(context, config, backend, ask)
     counters.count_sparse(twin.nodes_scored, twin.leaves_scored, twin.num_attended)
-    return twin.out
+    if config.layer_reuse == 1:
+        return Attended(twin.out, None)
+    return Attended(twin.out, _positions_of(twin.chosen, context, config))
 
 
 def search_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SearchResult:

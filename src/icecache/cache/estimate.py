@@ -2,10 +2,12 @@
 
 import torch
 
+from icecache.cache.check import Expected
 from icecache.config import IceCacheConfig
+from icecache.store.memory import check_host_limit, check_host_memory
 from icecache.tree.tree import estimate_bytes_per_token
 
-__all__ = ["estimate_bytes", "transient_bytes"]
+__all__ = ["ask_for_memory", "estimate_bytes", "transient_bytes"]
 
 
 def estimate_bytes(config: IceCacheConfig, rows: int, tokens: int, dim: int, size: int) -> int:
@@ -24,3 +26,15 @@ def transient_bytes(rows: int, tokens: int, dim: int, dtype: torch.dtype) -> int
     keys in float32.
     """
     return rows * tokens * (2 * 2 * dim * dtype.itemsize + 32) + 4 * dim * tokens
+
+
+def ask_for_memory(
+    config: IceCacheConfig, expected: Expected, batch: int, tokens: int, held: int
+) -> None:
+    """Raise `HostMemoryExceeded` unless a layer that holds so many bytes may take in tokens."""
+    rows, dim, dtype = batch * expected.num_kv_heads, expected.head_dim, expected.dtype
+    needed = estimate_bytes(config, rows, tokens, dim, dtype.itemsize)
+    check_host_limit(needed, held, config.max_host_memory)
+    # only calls of some size ask the system: the question itself takes time
+    if tokens > config.draft:
+        check_host_memory(needed + transient_bytes(rows, tokens, dim, dtype))

@@ -20,6 +20,8 @@ from icecache.errors import IntegrityError
 from icecache.ops.bounds import check_range
 from icecache.ops.dispatch import resolve_backend
 from icecache.ops.native import DTYPES, MAX_DIM
+from icecache.ops.native import Pages as NativePages
+from icecache.ops.native import Tree as NativeTree
 from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
@@ -117,6 +119,11 @@ class IndexedTokens:
         self.tree.own()
         insert_native(tokens, self.tree, self.pool, self.pages, self._config)
 
+    def to_write(self) -> tuple[NativeTree, NativePages]:
+        """Return the addresses for a compiled op that inserts, valid until something grows."""
+        self.tree.own()
+        return self.tree.native(), self.pages.native()
+
     def _join(self, tokens: FlatTokens) -> None:
         if self._native:
             self.join_in_place(TokensInPlace.of_flat(tokens))
@@ -181,6 +188,9 @@ class IndexedTokens:
 
     def _build(self, tokens: FlatTokens, per_row: list[int]) -> None:
         config = self._config
+        for row, keys in enumerate(torch.split(tokens.keys, per_row)):
+            if keys.shape[0] and not self.lens[row]:
+                self.leaves.set_centre(row, keys)
         make = paper_leaves if config.selection == "paper" else build_leaves
         leaves = make(tokens.keys, per_row, config)
         first = self._open_leaves(leaves.per_row)
@@ -265,12 +275,18 @@ class IndexedTokens:
         sizes = self.leaves.leaf_size, self.leaves.page_size
         fresh = LeafTable(self.leaves.num_rows, self.pool.head_dim, *sizes)
         fresh.reserve(int(leaves[:, 1].max()) + 1)
-        fresh.num = self.leaves.num.copy()
+        fresh.num, fresh.centre = self.leaves.num.copy(), self.leaves.centre
         fresh.summarize(leaves[:, 0], leaves[:, 1], ids, keys, values)
-        for name in ("key_mean", "key_scale", "value_mean", "value_scale", "spread"):
-            kept = getattr(self.leaves.view(), name)[leaves[:, 0], leaves[:, 1]].float()
-            made = getattr(fresh.view(), name)[leaves[:, 0], leaves[:, 1]].float()
-            # sums of the same tokens in another order may round an int8 code the other way
-            tolerance = torch.ones_like(made) if name.endswith("mean") else 1e-2 * made.abs() + 1e-6
-            if bool(((kept - made).abs() > tolerance).any()):
-                raise IntegrityError(f"{name} differs from what the tokens give")
+        kept, made = (table.at(leaves[:, 0], leaves[:, 1]) for table in (self.leaves, fresh))
+        # sums of the same tokens in another order differ by float32 steps of the tokens' size,
+        # and may round an int8 code the other way
+        step = 1e-6 * max(1.0, float(keys.float().abs().max()), float(values.float().abs().max()))
+        for name, ours, truth, tolerance in (
+            ("key mean", kept.keys(), made.keys(), 1.01 * made.key_scale.float()[:, None]),
+            ("value mean", kept.values(), made.values(), 1.01 * made.value_scale.float()[:, None]),
+            ("key scale", kept.key_scale, made.key_scale, 1e-2 * made.key_scale.float()),
+            ("value scale", kept.value_scale, made.value_scale, 1e-2 * made.value_scale.float()),
+            ("spread", kept.spread, made.spread, 1e-2 * made.spread.float()),
+        ):
+            if bool(((ours.float() - truth.float()).abs() > tolerance + step).any()):
+                raise IntegrityError(f"a leaf's {name} differs from what its tokens give")

@@ -8,24 +8,28 @@ from torch import Tensor
 from icecache.attention.ask import Ask
 from icecache.attention.attend import SparseStep
 from icecache.cache.background import Background
-from icecache.cache.check import Expected, check_query, check_rows, check_tokens
+from icecache.cache.check import (
+    Expected,
+    check_crop,
+    check_positions,
+    check_query,
+    check_rows,
+    check_tokens,
+)
 from icecache.cache.context import Context
 from icecache.cache.decode import SearchResult, attend_one, inspect_step, search_step
-from icecache.cache.estimate import estimate_bytes, transient_bytes
+from icecache.cache.estimate import ask_for_memory, estimate_bytes
 from icecache.cache.portable import Portable
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
+from icecache.cache.step import Stepping
 from icecache.config import IceCacheConfig
-from icecache.errors import ConfigError, InputError
+from icecache.errors import InputError
 from icecache.ops.dispatch import ops_for, resolve_backend
-from icecache.store.memory import check_host_limit, check_host_memory
 
 __all__ = ["IceCacheLayer"]
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class IceCacheLayer(Portable):
+class IceCacheLayer(Stepping, Portable):
     """Key-value cache of one attention layer, attended within a budget.
 
     Keys and values are stored as given (after rotary embedding). While the context is not longer
@@ -65,27 +69,19 @@ class IceCacheLayer(Portable):
         device: str | torch.device = "cpu",
         executor: Executor | None = None,
     ) -> None:
-        for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if dtype not in _DTYPES:
-            names = ", ".join(str(known) for known in _DTYPES)
-            raise ConfigError(f"dtype must be a floating-point type of {names}, got {dtype!r}")
+        self._expected = Expected.checked(num_kv_heads, head_dim, dtype, device)
         self.config = config
-        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
-        self.device = torch.device(device)
-        if self.device.type != "cpu":
-            raise ConfigError(f"device must be cpu in this version, got {self.device}")
-        self._expected = Expected(num_kv_heads, head_dim, dtype, self.device)
+        self.num_kv_heads, self.head_dim, self.dtype, self.device = self._expected
         self._backend = resolve_backend(config.backend)
         self._background = Background(executor)
         self._held: Context | None = None
         self._counters = Counters()
         self._unsettled = 0
+        self._selection: Tensor | None = None
 
     def __getstate__(self) -> dict[str, object]:
         self._background.wait()
-        return self.__dict__
+        return {**self.__dict__, "_fused": None}
 
     @property
     def _context(self) -> Context | None:
@@ -113,6 +109,11 @@ class IceCacheLayer(Portable):
     def num_tokens(self) -> int:
         """Tokens of the longest batch row, padding not counted."""
         return max(self.row_lens, default=0)
+
+    @property
+    def selection(self) -> Tensor | None:
+        """What the latest step selected, as `search` says it; kept when ``layer_reuse > 1``."""
+        return self._selection
 
     def prefill(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in the keys and values of a prompt; a later call extends the context.
@@ -148,15 +149,9 @@ class IceCacheLayer(Portable):
         if mask is not None and bool(mask.all()):
             mask = None
         batch, _, num_new, _ = keys.shape
-        needed = self.estimate_bytes(batch, num_new)
-        held = 0 if self._context is None else self._context.host_bytes
-        check_host_limit(needed, held, self.config.max_host_memory)
-        # only calls of some size ask the system: the question itself takes time
-        if num_new > self.config.draft:
-            rows = batch * self.num_kv_heads
-            extra = transient_bytes(rows, num_new, self.head_dim, self.dtype)
-            check_host_memory(needed + extra)
         context = self._context
+        held = 0 if context is None else context.host_bytes
+        ask_for_memory(self.config, self._expected, batch, num_new, held)
         if context is None:
             shape = (batch, self.num_kv_heads, self.head_dim)
             context = Context(self.config, *shape, self.dtype)
@@ -175,6 +170,7 @@ class IceCacheLayer(Portable):
         scaling: float | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Attend the latest tokens' queries to the context.
 
@@ -189,6 +185,9 @@ class IceCacheLayer(Portable):
             Logits become softcap * tanh(logits / softcap).
         sink_logits : Tensor, shape [num_q_heads], optional
             Learned logits that take part in the softmax without a value.
+        positions : Tensor, shape [batch * num_kv_heads, tokens], integer, optional
+            Tokens to select instead of choosing, such as another layer's `selection`; one query
+            token. -1 and tokens outside the tree are passed over.
 
         Returns
         -------
@@ -208,12 +207,18 @@ class IceCacheLayer(Portable):
             raise InputError(
                 f"query has {num_queries} tokens, the latest call gave {self._unsettled}"
             )
+        if num_queries > 1 and positions is not None:
+            raise InputError(f"positions go with one query token, got {num_queries}")
         if num_queries == 1:
             self._settle(self.config.window)
-            ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
+            if positions is not None:
+                rows = self.batch_size * self.num_kv_heads
+                check_positions(positions, rows, self._context.room)
+            ask = Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits, positions)
             one = attend_one(self._context, self.config, self._backend, ask, self._counters)
+            self._selection = None if one is None else one.positions
             if one is not None:
-                return one.view(query.shape).to(query.dtype)
+                return one.out.view(query.shape).to(query.dtype)
         self._counters.count_dense(self.num_tokens)
         dense = self._context.dense()
         out: Tensor = ops_for(self._backend).attend_dense(
@@ -270,13 +275,7 @@ class IceCacheLayer(Portable):
         InputError
             If it is negative or reaches below the window; nothing has changed then.
         """
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-            raise InputError(f"crop must be an integer, got {num_tokens!r}")
-        held = min(self._context.tail.lens) if self._context is not None else 0
-        if not 0 <= num_tokens <= held:
-            raise InputError(
-                f"crop must be from 0 to the {held} tokens still in the window, got {num_tokens}"
-            )
+        check_crop(num_tokens, min(self._context.tail.lens) if self._context is not None else 0)
         if self._context is not None and num_tokens:
             self._context.tail.drop_latest(num_tokens)
             self._unsettled = max(0, self._unsettled - num_tokens)
@@ -298,6 +297,7 @@ class IceCacheLayer(Portable):
         self._held = None
         self._counters = Counters()
         self._unsettled = 0
+        self._selection = None
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
         """Return the host bytes that so many more tokens take, pages and index."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 from torch import Tensor
 
 from icecache.cache.context import Context
@@ -43,6 +44,8 @@ class LayerStats:
         What the keys and values of the same tokens take in a full cache.
     sparse_steps, dense_steps : int
         Calls of `attend` that selected, and that attended to everything.
+    reused_steps : int
+        Sparse steps that attended to another layer's selection.
     inserted, built : int
         Tokens (per row, summed) that entered the tree one leaf at a time, and in builds.
     nodes_scored, leaves_scored : int
@@ -66,6 +69,7 @@ class LayerStats:
     full_cache_bytes: int
     sparse_steps: int
     dense_steps: int
+    reused_steps: int
     inserted: int
     built: int
     nodes_scored: int
@@ -80,6 +84,7 @@ class Counters:
 
     sparse_steps: int = 0
     dense_steps: int = 0
+    reused_steps: int = 0
     inserted: int = 0
     built: int = 0
     nodes_scored: int = 0
@@ -91,12 +96,12 @@ class Counters:
         self.dense_steps += 1
         self.tokens_attended = float(tokens)
 
-    def count_sparse(self, nodes: int, leaves: int, num_attended: Tensor) -> None:
+    def count_sparse(self, nodes: int, leaves: int, num_attended: Tensor | np.ndarray) -> None:
         """Count a call that selected; num_attended: shape [rows]."""
         self.sparse_steps += 1
         self.nodes_scored += nodes
         self.leaves_scored += leaves
-        self.tokens_attended = float(num_attended.numpy().mean())
+        self.tokens_attended = sum(num_attended.tolist()) / len(num_attended)
 
 
 def layer_stats(
@@ -121,6 +126,7 @@ def layer_stats(
         full_cache_bytes=0 if context is None else context.full_cache_bytes,
         sparse_steps=counters.sparse_steps,
         dense_steps=counters.dense_steps,
+        reused_steps=counters.reused_steps,
         inserted=counters.inserted,
         built=counters.built,
         nodes_scored=counters.nodes_scored,

@@ -42,6 +42,21 @@ class Tail:
         return self._keys.dtype
 
     @property
+    def keys(self) -> Tensor:
+        """The keys' buffer with its spare room."""
+        return self._keys
+
+    @property
+    def end(self) -> int:
+        """Where in the buffer the next token goes."""
+        return self._end
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffer has room for, those that were dropped at its front included."""
+        return self._keys.shape[2]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(self.lens)
@@ -79,11 +94,17 @@ class Tail:
         if mask is not None:
             self._append_ragged(keys, values, mask)
             return
-        self._make_room(num_new)
+        self.make_room(num_new)
         self._keys[:, :, self._end : self._end + num_new] = keys
         self._values[:, :, self._end : self._end + num_new] = values
         self._end += num_new
         self.lens = [length + num_new for length in self.lens]
+
+    def advance(self, *, slides: bool) -> None:
+        """Count a token written to `end` of each row; the oldest goes if the tail slides."""
+        self._end += 1
+        if not slides:
+            self.lens = [length + 1 for length in self.lens]
 
     def oldest(self, row: int, num: int) -> tuple[Tensor, Tensor]:
         """Return a batch row's oldest tokens, two of shape [num_kv_heads, num, head_dim]."""
@@ -149,7 +170,8 @@ class Tail:
         self._move(keys, values, self._slack)
         self.lens = [int(length) for length in state["lens"]]
 
-    def _make_room(self, num_new: int) -> None:
+    def make_room(self, num_new: int) -> None:
+        """Let the buffer have room for so many more tokens behind the last."""
         if self._end + num_new > self._keys.shape[2]:
             keys, values = self.keys_values()
             self._move(keys, values, num_new + max(self._slack, keys.shape[2] // 2))

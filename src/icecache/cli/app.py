@@ -6,6 +6,7 @@ import typer
 
 from icecache import __version__
 from icecache.cli.demo import demo
+from icecache.cli.eval import eval_app
 from icecache.cli.generate import generate
 from icecache.cli.inspect import inspect
 from icecache.cli.serve import serve
@@ -42,4 +43,5 @@ def root(
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.add_typer(eval_app, name="eval")
 app.command()(serve)

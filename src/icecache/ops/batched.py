@@ -85,6 +85,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def score_leaves(
     query: Tensor,
+    centre: Tensor,
     key_mean: Tensor,
     key_scale: Tensor,
     count: Tensor,
@@ -97,6 +98,8 @@ def score_leaves(
     Parameters
     ----------
     query : Tensor, shape [rows, heads, dim], float32
+    centre : Tensor, shape [rows, dim], float32
+        What key means are counted from.
     key_mean : Tensor, shape [rows, leaves, dim], int8
     key_scale, spread : Tensor, shape [rows, leaves]
     count : Tensor, shape [rows, leaves]; 0 where there is no leaf, its logit is -inf
@@ -107,6 +110,7 @@ def score_leaves(
     """
     logits = torch.bmm(query, key_mean.float().transpose(1, 2))
     logits *= (scaling * key_scale.float())[:, None]
+    logits += scaling * (query * centre[:, None]).sum(-1, keepdim=True)
     norm = query.square().sum(-1, keepdim=True) * (0.5 * scaling**2 / query.shape[2])
     correction = norm * spread.float()[:, None]
     if softcap is not None:

@@ -70,6 +70,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def score_leaves(
     query: Tensor,
+    centre: Tensor,
     key_mean: Tensor,
     key_scale: Tensor,
     count: Tensor,
@@ -87,7 +88,8 @@ def score_leaves(
                 if count[r, i] == 0:
                     continue
                 q = query[r, g].float()
-                logit = scaling * torch.dot(q, key_mean[r, i].float() * key_scale[r, i].float())
+                mean = centre[r] + key_mean[r, i].float() * key_scale[r, i].float()
+                logit = scaling * torch.dot(q, mean)
                 slope = torch.ones(())
                 if softcap is not None:
                     squashed = torch.tanh(logit / softcap)

@@ -21,6 +21,7 @@ def find_path(tree: Tree, row: int, key: Tensor) -> list[int]:
     From the top down the `BEAM` nearest nodes of each level are followed. key: shape [head_dim],
     float32.
     """
+    point = key - tree.leaves.centre[row]
     top = tree.top(row)
     paths: list[list[int]] = [[]]
     for number in range(top, -1, -1):
@@ -38,7 +39,7 @@ def find_path(tree: Tree, row: int, key: Tensor) -> list[int]:
         if not candidates:
             return [NONE]
         means = level.at(row, torch.tensor([path[0] for path in candidates])).keys()
-        paths = [candidates[i] for i in nearest(key, means, BEAM if number else 1).tolist()]
+        paths = [candidates[i] for i in nearest(point, means, BEAM if number else 1).tolist()]
     return paths[0]
 
 

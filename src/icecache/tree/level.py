@@ -2,7 +2,7 @@
 
 num         [row]              leaves or nodes of the row
 count       [row, i]           tokens below
-key_mean    [row, i, dim]      int8 codes, times key_scale [row, i]
+key_mean    [row, i, dim]      int8 codes, times key_scale [row, i], counted from the row's centre
 value_mean  [row, i, dim]      int8 codes, times value_scale [row, i]
 spread      [row, i]           mean squared distance of the keys from key_mean
 next        [row, i]           the next child of the same node, NONE behind the last
@@ -45,7 +45,7 @@ class Summaries:
     value_scale: Tensor
 
     def keys(self) -> Tensor:
-        """Return the mean keys, shape [..., dim], float32."""
+        """Return the mean keys from their row's centre, shape [..., dim], float32."""
         return self.key_mean.float() * self.key_scale.float()[..., None]
 
     def values(self) -> Tensor:
@@ -140,7 +140,7 @@ class Level:
         return Summaries(*(self._arrays[name][row, entry] for name in names))
 
     def keys_of(self, row: int) -> Tensor:
-        """Return the mean keys of a row, shape [n, dim], float32."""
+        """Return the mean keys of a row from its centre, shape [n, dim], float32."""
         num = int(self.num[row])
         scale = self._arrays["key_scale"][row, :num].float()
         return self._arrays["key_mean"][row, :num].float() * scale[:, None]
@@ -224,6 +224,11 @@ class Level:
         self._arrays["next"][row, children] = following.int()
         begins = torch.cat([last[-1:], last[:-1]])
         above._arrays["first"][row[begins], node[begins]] = children[begins].int()
+
+    def renumber(self, row: int, order: Tensor) -> None:
+        """Number all of a row anew, as order says, shape [n]; nothing above may refer to them."""
+        for array in self._arrays.values():
+            array[row, : order.numel()] = array[row, order]
 
     def adopt(self, row: int, node: int, child: int, below: "Level") -> None:
         """Make one child the first child of a node."""

@@ -6,8 +6,9 @@ keys spread evenly in all directions. Close keys lie along few directions, so th
 large for most queries; it is capped, and the remainder takes only a part of it (docs/design.md).
 
 A row of few leaves is scanned flat. A longer one is searched from the top of its tree: the nodes
-of a level are scored in the same way, the best `field_of_view` are expanded, and the others stay
-as they are: the far field, attended through the nodes' own summaries.
+of a level are scored in the same way, the best are expanded (`field_of_view` of the nodes above
+the leaves, half as many of a level further up), and the others stay as they are: the far field,
+attended through the nodes' own summaries.
 """
 
 import math
@@ -95,11 +96,13 @@ class TreeIndex(NamedTuple):
     tree : Tree
     config : IceCacheConfig
     ops : the ops that score
+    is_flat : whether rows of any length are scanned flat
     """
 
     tree: Tree
     config: IceCacheConfig
     ops: ModuleType
+    is_flat: bool = False
 
     def search(
         self, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
@@ -107,7 +110,14 @@ class TreeIndex(NamedTuple):
         """Score leaves; query: [rows, heads, head_dim], beside: [rows, heads], both float32."""
         s = self.tree.leaves.view()
         logits, correction = self.ops.score_leaves(
-            query, s.key_mean, s.key_scale, s.count, s.spread, scaling, softcap
+            query,
+            self.tree.leaves.centre,
+            s.key_mean,
+            s.key_scale,
+            s.count,
+            s.spread,
+            scaling,
+            softcap,
         )
         correction = correction.clamp(max=LARGEST_LEAF_CORRECTION)
         num = self.tree.leaves.num
@@ -116,7 +126,8 @@ class TreeIndex(NamedTuple):
         for row in range(self.tree.num_rows):
             far.append([])
             leaves_scored += int(num[row])
-            if num[row] <= self.config.most_flat_leaves or self.tree.top(row) == 0:
+            is_short = num[row] <= self.config.most_flat_leaves
+            if self.is_flat or is_short or self.tree.top(row) == 0:
                 continue
             near, far[row], scored = self._descend(row, query[row], beside[row], scaling, softcap)
             unseen = torch.ones(logits.shape[2], dtype=torch.bool)
@@ -133,12 +144,13 @@ class TreeIndex(NamedTuple):
         self, row: int, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
     ) -> tuple[list[int], list[_Scored], int]:
         """Return the leaves below the best nodes, the other nodes, and how many were scored."""
-        levels, field = self.tree.levels, self.config.field_of_view
+        levels = self.tree.levels
         far: list[_Scored] = []
         nodes_scored, top = 0, self.tree.top(row)
         frontier = list(range(int(levels[top].num[row])))
         for level in range(top, 0, -1):
             expanded = frontier
+            field = self.config.field_of_view if level == 1 else -(-self.config.field_of_view // 2)
             if len(frontier) > field:
                 nodes = self._score(level, row, frontier, query, scaling, softcap)
                 nodes_scored += len(frontier)
@@ -168,6 +180,7 @@ class TreeIndex(NamedTuple):
         s = self.tree.levels[level].at(row, at)
         logits, correction = self.ops.score_leaves(
             query[None],
+            self.tree.leaves.centre[row][None],
             s.key_mean[None],
             s.key_scale[None],
             s.count[None],

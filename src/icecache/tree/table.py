@@ -2,6 +2,7 @@
 
 page    [row, leaf]         the page that holds them, by its number within the row
 slots   [row, leaf, byte]   their slots in that page, a bit each
+centre  [row, dim]          what key means are counted from, about the mean of the row's first keys
 """
 
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icecache.errors import IntegrityError
+from icecache.errors import IntegrityError, SnapshotMismatch
 from icecache.ops.batched import summarize
 from icecache.ops.bounds import check_range
 from icecache.tree.level import Level
 
 __all__ = ["LeafTable"]
+
+_CENTRE_SAMPLE = 4096
 
 
 class LeafTable(Level):
@@ -31,6 +34,12 @@ class LeafTable(Level):
     def __init__(self, num_rows: int, head_dim: int, leaf_size: int, page_size: int) -> None:
         self.leaf_size, self.page_size = leaf_size, page_size
         super().__init__(num_rows, head_dim)
+        self.centre = torch.zeros(num_rows, head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the leaves in use and of the centres."""
+        return super().nbytes + self.centre.nbytes
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +86,14 @@ class LeafTable(Level):
         self._arrays["slots"][row, leaf] = torch.from_numpy(packed)
         self.set_counts(row, leaf, own.sum(1))
 
+    def set_centre(self, row: int, keys: Tensor) -> None:
+        """Count key means of a row without leaves from the mean of keys, shape [tokens, dim].
+
+        Keys of many models share a large offset, which would take up the int8 codes.
+        """
+        sample = keys[:: -(-keys.shape[0] // _CENTRE_SAMPLE)].float().numpy()
+        self.centre[row] = torch.from_numpy(sample.mean(0, dtype=np.float32))
+
     def summarize(
         self, row: Tensor, leaf: Tensor, ids: Tensor, keys: Tensor, values: Tensor
     ) -> None:
@@ -94,13 +111,35 @@ class LeafTable(Level):
         A leaf has a handful of tokens, so this is constant work and running means never drift.
         """
         _, key_mean, value_mean, spread = summarize(keys, values, ids, row.shape[0])
-        self.set_summaries(row, leaf, key_mean, value_mean, spread)
+        self.set_summaries(row, leaf, key_mean - self.centre[row], value_mean, spread)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take rows, repeated or dropped, in a new order."""
+        super().reorder(rows)
+        self.centre = self.centre[rows]
+
+    def own(self) -> None:
+        """Take a copy of arrays that forks share; every change of a shared table begins here."""
+        if self._is_shared:
+            self.centre = self.centre.clone()
+        super().own()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the table holds, by name; views, valid until it changes."""
+        return {**super().state(), "centre": self.centre}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take a state back into an empty table of as many rows."""
+        centre = state["centre"]
+        if centre.shape != self.centre.shape or not bool(centre.isfinite().all()):
+            raise SnapshotMismatch(
+                f"the snapshot is damaged: centre must be finite and of shape "
+                f"{list(self.centre.shape)}, got {list(centre.shape)}"
+            )
         check_range("count", state["count"], 0, self.leaf_size)
         check_range("page", state["page"], 0, np.iinfo(np.int32).max)
         super().load_state(state)
+        self.centre.copy_(centre)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless counts, slots and leaf numbers agree."""

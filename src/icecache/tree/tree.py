@@ -66,7 +66,7 @@ class Tree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of leaves and nodes in use."""
+        """Bytes of leaves and nodes in use, and of the rows' centres."""
         return sum(level.nbytes for level in self.levels)
 
     def top(self, row: int) -> int:
@@ -81,6 +81,7 @@ class Tree:
             tree = NativeTree(
                 page=pointer(self.leaves.array("page")),
                 slots=pointer(self.leaves.array("slots")),
+                centre=pointer(self.leaves.centre),
                 num_levels=len(levels),
             )
             for i, level in enumerate(levels):
@@ -227,7 +228,10 @@ class Tree:
         row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lens))
         child = torch.cat([torch.arange(num) for num in lens])
         order = torch.argsort(parents, stable=True)
-        self._make_nodes(level + 1, row[order], child[order], parents[order])
+        # a descent reads the children of a node in one piece
+        for r, numbers in zip(rows, torch.split(child[order], lens), strict=True):
+            here.renumber(r, numbers)
+        self._make_nodes(level + 1, row, child, parents[order])
 
     def _make_nodes(self, level: int, row: Tensor, child: Tensor, parents: Tensor) -> None:
         """Open a node for each of `parents`; rising, so that a node's children lie together."""

@@ -9,11 +9,15 @@ from icecache.config import IceCacheConfig
 from icecache.errors import InputError, UnsupportedModel
 from icecache.integrations.transformers.attention import NAME, register
 from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
+from icecache.integrations.transformers.compiled import CompiledStep
+from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
 
 __all__ = ["Attachment", "attach", "attention_of", "restore_attention", "set_attention"]
 
 _HOOK = "_prepare_cache_for_generation"
+# what generate asks for the call that decodes: whether to compile it, and the call
+_MAY_COMPILE, _CALL = "_valid_auto_compile_criteria", "get_compiled_call"
 
 
 class Attachment:
@@ -27,10 +31,15 @@ class Attachment:
         Of every cache that ``model.generate(...)`` makes.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: IceCacheConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None = False
+    ) -> None:
         self.model = model
         self.settings = settings
         self.cache: IceCache | None = None
+        self.decode: CompiledStep | PacedStep | None = None
+        if compile is not False:
+            self.decode = CompiledStep(model) if compile else PacedStep(model)
         self._implementations = attention_of(model)
         self._is_attached = True
         register()
@@ -39,17 +48,22 @@ class Attachment:
         except ValueError:
             restore_attention(self._implementations)
             raise
-        self._before = vars(model).get(_HOOK)
+        hooks: dict[str, Any] = {_HOOK: self._prepare_cache}
+        if self.decode is not None:
+            hooks |= {_MAY_COMPILE: self._may_compile, _CALL: self._decode_call}
         self._prepare = getattr(model, _HOOK)
+        self._before = {name: vars(model).get(name) for name in hooks}
         # on this one instance: its class and every other model stay as they are
-        setattr(model, _HOOK, self._prepare_cache)
+        for name, hook in hooks.items():
+            setattr(model, name, hook)
 
     def detach(self) -> None:
         """Put the model back as it was; calling it again changes nothing. Caches stay readable."""
         if self._is_attached:
-            delattr(self.model, _HOOK)
-            if self._before is not None:
-                setattr(self.model, _HOOK, self._before)
+            for name, before in self._before.items():
+                delattr(self.model, name)
+                if before is not None:
+                    setattr(self.model, name, before)
             restore_attention(self._implementations)
             self._is_attached = False
 
@@ -96,9 +110,27 @@ class Attachment:
             )
         self.cache = cache
 
+    @property
+    def compiled_steps(self) -> int:
+        """Forwards of ``generate`` that ran compiled."""
+        return 0 if self.decode is None else self.decode.steps
+
+    def _may_compile(self, *args: Any, **kwargs: Any) -> bool:
+        # the call below runs what it cannot compile as it is
+        return True
+
+    def _decode_call(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.decode is not None
+        self.decode.renew()
+        return self.decode
+
 
 def attach(
-    model: PreTrainedModel, settings: IceCacheConfig | None = None, **config: Any
+    model: PreTrainedModel,
+    settings: IceCacheConfig | None = None,
+    *,
+    compile: bool | None = None,
+    **config: Any,
 ) -> Attachment:
     """Let ``model.generate(...)``, and pipelines around the model, run with IceCache.
 
@@ -108,6 +140,11 @@ def attach(
         A causal decoder; see `icecache.supports`.
     settings : IceCacheConfig, optional
         All settings at once.
+    compile : bool, optional
+        Run the decode steps of ``generate`` through `torch.compile`, as one graph. By default that
+        begins after some thousand steps, because making the graph takes a minute, and goes on if
+        the steps are faster for it. True begins at once, False never does. The graph holds copies
+        of the weights.
     **config
         Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
 
@@ -122,7 +159,9 @@ def attach(
     ConfigError
         On an unknown setting or a value outside its rule.
     UnsupportedModel
-        If the model cannot run with IceCache; it is left as it was.
+        If the model cannot run with IceCache, or not compiled; it is left as it was.
+    BackendUnavailable
+        If it is to be compiled and there is no C++ compiler.
 
     Examples
     --------
@@ -141,7 +180,7 @@ def attach(
             "set it to False first"
         )
     warn_if_nothing_managed(report)
-    return Attachment(model, settings)
+    return Attachment(model, settings, compile)
 
 
 def _check_prompt(model_kwargs: dict[str, Any]) -> None:

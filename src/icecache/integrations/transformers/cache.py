@@ -31,6 +31,8 @@ from icecache.integrations.transformers.threads import Threads
 
 __all__ = ["IceCache"]
 
+_STEPS_BETWEEN_BUILDS = 2
+
 
 class IceCache(Cache):
     """A transformers cache whose full-attention layers attend within a token budget.
@@ -123,15 +125,41 @@ class IceCache(Cache):
                 "this IceCache was made for; make one for this model"
             )
         self._forward.enter(layer_idx, key_states)
+        layer = self.layers[layer_idx]
+        managed = layer if isinstance(layer, ManagedLayer) else None
+        # what transformers does beside that is for layers that move between devices
+        update = super().update if managed is None else managed.update
         try:
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = update(key_states, value_states, layer_idx, *args, **kwargs)
         except IceCacheError:
             self._forward.undo()
             raise
-        layer = self.layers[layer_idx]
-        managed = layer if isinstance(layer, ManagedLayer) else None
         hand_over(keys, Handoff(managed, values, self._forward))
         return keys, values
+
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer_idx: int,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Take one token of each row into a managed layer and attend it, for compiled steps.
+
+        Shapes as in `IceCacheLayer.step`; the forward is undone by who runs it.
+        """
+        self.update(keys, values, layer_idx)
+        layer: ManagedLayer = self.layers[layer_idx]
+        return layer.take_and_attend(
+            query, keys, values, None, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+        )
+
+    def undo(self) -> None:
+        """Take back a forward that failed."""
+        self._forward.undo()
 
     @property
     def managed(self) -> dict[int, ManagedLayer]:
@@ -303,10 +331,27 @@ def warn_if_nothing_managed(report: SupportReport) -> None:
 
 
 def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads) -> list[Any]:
-    kinds, arguments = get_layer_types_and_kwargs(config)
-    return [
-        ManagedLayer(settings, threads)
-        if kind == "full_attention"
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-        for kind, kwargs in zip(kinds, arguments)
-    ]
+    layers: list[Any] = []
+    leader, managed = None, 0
+    for kind, kwargs in zip(*get_layer_types_and_kwargs(config)):
+        if kind != "full_attention":
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+            continue
+        is_leader = managed % settings.layer_reuse == 0
+        own = _staggered(settings, managed)
+        layers.append(ManagedLayer(own, threads, None if is_leader else leader))
+        leader = layers[-1] if is_leader else leader
+        managed += 1
+    return layers
+
+
+def _staggered(settings: IceCacheConfig, number: int) -> IceCacheConfig:
+    """Return settings under which no two layers leave the dense phase in the same decode step.
+
+    The first step of a long context builds a tree: that of one layer is hardly noticed.
+    """
+    if settings.dense_until <= settings.budget:
+        return settings
+    # with shared selections a leader and its followers become sparse together
+    place = number // settings.layer_reuse
+    return settings.replace(dense_until=settings.dense_until + _STEPS_BETWEEN_BUILDS * place)

@@ -40,7 +40,9 @@ class ForwardPass:
 
     def enter(self, layer_index: int, keys: torch.Tensor) -> None:
         """Check one update before anything changes; `InputError` leaves the cache as it was."""
-        if any(layer.is_pending for layer in self._managed):
+        last = self._last
+        # layers come one after the other: only the latest can still be waiting
+        if last < len(self._layers) and getattr(self._layers[last], "is_pending", False):
             self.undo()
             raise InputError(
                 "the layer before was never attended by IceCache: the model runs another attention "

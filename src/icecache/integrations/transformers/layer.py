@@ -38,15 +38,19 @@ class ManagedLayer(CacheLayerMixin):
         Of the `IceCacheLayer`, which is made when the first keys tell its shape.
     threads : Threads
         Of the cache, which build trees in the background.
+    leader : ManagedLayer, optional
+        The earlier layer whose selection this one attends to; by default it selects itself.
     """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, settings: IceCacheConfig, threads: Threads) -> None:
+    def __init__(
+        self, settings: IceCacheConfig, threads: Threads, leader: "ManagedLayer | None" = None
+    ) -> None:
         super().__init__()
-        self.settings, self._threads = settings, threads
+        self.settings, self._threads, self._leader = settings, threads, leader
         self.core: IceCacheLayer | None = None
         self.num_columns = 0
         self.is_pending = False
@@ -92,6 +96,31 @@ class ManagedLayer(CacheLayerMixin):
         self.core.append(keys.detach(), values.detach(), mask)
         self.num_columns += keys.shape[2]
 
+    def take_and_attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`take`, then `attend`; of one token as one step of the core layer."""
+        is_step = self.is_pending and mask is None and keys.shape[2] == query.shape[2] == 1
+        wants_gradients = torch.is_grad_enabled() and query.requires_grad
+        if is_step and not wants_gradients and self._given() is None:
+            assert self.core is not None
+            self.is_pending = False
+            output = self.core.step(
+                query, keys, values, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+            )
+            self.num_columns += 1
+            return output
+        self.take(keys, values, mask)
+        return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -104,12 +133,22 @@ class ManagedLayer(CacheLayerMixin):
         assert self.core is not None
         with torch.no_grad():
             output = self.core.attend(
-                query, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+                query,
+                scaling=scaling,
+                softcap=softcap,
+                sink_logits=sink_logits,
+                positions=self._given() if query.shape[2] == 1 else None,
             )
         if torch.is_grad_enabled() and query.requires_grad:
             result: torch.Tensor = _Inference.apply(query, output)  # type: ignore[no-untyped-call]
             return result
         return output
+
+    def _given(self) -> torch.Tensor | None:
+        """Return what the leader has selected in this forward, None where all is attended."""
+        if self._leader is None or self._leader.core is None:
+            return None
+        return self._leader.core.selection
 
     def get_seq_length(self) -> int:
         """Return the columns seen, padding included: positions and masks count from here."""

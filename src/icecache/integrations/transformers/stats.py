@@ -56,6 +56,11 @@ class CacheStats:
         return sum(layer.sparse_steps for layer in self.layers.values())
 
     @property
+    def reused_steps(self) -> int:
+        """Sparse steps that attended to another layer's selection, summed over layers."""
+        return sum(layer.reused_steps for layer in self.layers.values())
+
+    @property
     def dense_steps(self) -> int:
         """Attention calls over everything (prompts, short contexts), summed over layers."""
         return sum(layer.dense_steps for layer in self.layers.values())

@@ -88,14 +88,14 @@ static inline void fill_leaf(int64_t dim, const Shape *s, Tree *t, const Pages *
     const int32_t *members = x->order + first;
     place_leaf(s, t, p, b, x, leaf, dim);
     if (s->dtype == FLOAT32) {
-        summarize_leaf(t->level, at, b->keys, b->values, members, num, dim, x->mean);
+        summarize_leaf(t, b->row, at, b->keys, b->values, members, num, dim, x->mean);
         return;
     }
     for (int64_t m = 0; m < num; m++) {
         to_float(b->keys, members[m] * dim, s->dtype, x->keys + m * dim, dim);
         to_float(b->values, members[m] * dim, s->dtype, x->values + m * dim, dim);
     }
-    summarize_leaf(t->level, at, x->keys, x->values, x->number, num, dim, x->mean);
+    summarize_leaf(t, b->row, at, x->keys, x->values, x->number, num, dim, x->mean);
 }
 
 CLONES static void fill_leaves(const Shape *s, Tree *t, const Pages *p, const Build *b,

@@ -19,7 +19,7 @@ typedef struct {
     int32_t *num;    /* [rows] */
     void *count;     /* [rows, capacity], tokens; uint8 of leaves, int32 of nodes */
     uint16_t *spread; /* bfloat16, as the scales */
-    int8_t *key_mean; /* [rows, capacity, dim] */
+    int8_t *key_mean; /* [rows, capacity, dim], from the row's centre */
     uint16_t *key_scale;
     int8_t *value_mean;
     uint16_t *value_scale;
@@ -32,6 +32,7 @@ typedef struct {
     Level level[MOST_LEVELS];
     int32_t *page;  /* [rows, capacity of leaves], number within the row's pages */
     uint8_t *slots; /* [rows, capacity of leaves, (page_size + 7) / 8], a bit each */
+    const float *centre; /* [rows, dim], what key means are counted from */
     int64_t num_levels;
 } Tree;
 

@@ -44,7 +44,7 @@ static inline float distance_to(const Level *level, int64_t at, const float *poi
     return distance;
 }
 
-/* Find the nearest leaf from the top down: path[level] is its ancestor, path[0] the leaf or -1. */
+/* Find the leaf nearest to a point, counted from the row's centre, from the top down: path[level] is its ancestor, path[0] the leaf or -1. */
 CLONES static int64_t descend(const Shape *s, const Tree *t, int64_t row, const float *point,
                                 int32_t *path) {
     Beam beam[MOST_LEVELS];

@@ -10,52 +10,21 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "dots.h"
 #include "vector.h"
 
 #define SAMPLED 128
+#define NODES_AHEAD 12
 
-static int better(Candidate a, Candidate b) {
-    return a.worth > b.worth || (a.worth == b.worth && a.id < b.id);
-}
-
-/* Move the `want` best to the front, in no order (quickselect, median of three). */
-static void select_best(Candidate *c, int64_t num, int64_t want) {
-    int64_t low = 0, high = num - 1;
-    while (low < high) {
-        Candidate a = c[low], b = c[low + (high - low) / 2], d = c[high];
-        Candidate pivot = better(a, b) ? (better(b, d) ? b : (better(a, d) ? d : a))
-                                       : (better(a, d) ? a : (better(b, d) ? d : b));
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (better(c[i], pivot)) i++;
-            while (better(pivot, c[j])) j--;
-            if (i <= j) {
-                Candidate swap = c[i];
-                c[i++] = c[j];
-                c[j--] = swap;
-            }
-        }
-        if (want - 1 <= j) high = j;
-        else if (want - 1 >= i) low = i;
-        else return;
-    }
-}
-
-static void sift_down(Candidate *heap, int64_t num, int64_t at) {
-    Candidate moving = heap[at];
-    for (int64_t child; (child = 2 * at + 1) < num; at = child) {
-        if (child + 1 < num && better(heap[child + 1], heap[child])) child++;
-        if (!better(heap[child], moving)) break;
-        heap[at] = heap[child];
-    }
-    heap[at] = moving;
-}
-
-/* Dot products of `block` entries with all heads; a few at a time keep the adders busy. */
+/* Dot products of at most DOTS entries with all heads. */
 static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
                              const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
-    _Alignas(64) float mean[4 * MAX_DIM];
+    _Alignas(64) float mean[DOTS * MAX_DIM];
     for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
+    if (block == DOTS && can_dots(dim, heads)) {
+        dots(dim, heads, query, mean, out, stride);
+        return;
+    }
     for (int64_t g = 0; g < heads; g++)
         for (int64_t k = 0; k < block; k++)
             out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
@@ -66,14 +35,8 @@ static inline void dot_entries(int64_t dim, const Level *level, int64_t row, con
                                int64_t stride) {
     const int8_t *codes = level->key_mean + row * level->capacity * dim;
     int64_t i = 0;
-    for (; i + 4 <= num; i += 4) {
-#if defined(__GNUC__)
-        /* children lie apart; the next ones are on their way while these are scored */
-        for (int64_t k = i + 8; k < i + 12 && k < num; k++)
-            __builtin_prefetch(codes + (int64_t)id[k] * dim);
-#endif
-        dot_block(dim, 4, query, heads, codes, id + i, out + i, stride);
-    }
+    for (; i + DOTS <= num; i += DOTS)
+        dot_block(dim, DOTS, query, heads, codes, id + i, out + i, stride);
     dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
 }
 
@@ -123,17 +86,18 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     for (int64_t g = 0; g < s->heads; g++) {
         const float *q = query + g * s->dim;
         float half_norm = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
+        float centre = s->scaling * dot(q, t->centre + row * s->dim, s->dim);
         float *logits = f->logits + g * f->stride + from;
         float *correction = f->correction + g * f->stride + from;
         if (s->softcap <= 0.0f) {
             for (int64_t i = 0; i < num; i++) {
                 float second = half_norm * spread[i];
-                logits[i] = scale[i] * logits[i] + more[i];
+                logits[i] = scale[i] * logits[i] + (centre + more[i]);
                 correction[i] = second < largest ? second : largest;
             }
         } else {
             for (int64_t i = 0; i < num; i++) {
-                float squashed = tanhf(scale[i] * logits[i] / s->softcap);
+                float squashed = tanhf((scale[i] * logits[i] + centre) / s->softcap);
                 float slope = 1.0f - squashed * squashed;
                 float second = half_norm * spread[i] * slope * slope;
                 logits[i] = s->softcap * squashed + more[i];
@@ -177,51 +141,77 @@ CLONES static void set_aside(const Shape *s, Found *f, int64_t from, int64_t num
     }
 }
 
-static int64_t append_children(const Tree *t, int64_t level, int64_t row, int64_t node,
-                               int32_t *out, int64_t num) {
-    const Level *below = t->level + level - 1;
-    const int32_t *next = below->next + row * below->capacity;
-    int32_t child = t->level[level].first[row * t->level[level].capacity + node];
-    for (; child >= 0; child = next[child]) out[num++] = child;
-    return num;
+/* Candidates worth at least `least`, of every `stride`th entry; returns their number. */
+static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride, float least) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < num; i += stride) {
+        f->candidates[kept] = (Candidate){f->worth[i], f->id[from + i], (int32_t)i};
+        kept += f->candidates[kept].worth >= least;
+    }
+    return kept;
 }
 
-/* Score the nodes of a level, expand the best, keep the rest; returns the number of children. */
+/* Collect all candidates that are worth at least as much as about the `want`th best, which a
+ * sample shows: few of many are ever put in order. */
+static int64_t collect_best(Found *f, int64_t from, int64_t num, int64_t want) {
+    int64_t rank = want * SAMPLED / num;
+    if (num < 8 * SAMPLED || rank >= SAMPLED / 2) return collect(f, from, num, 1, -1.0f);
+    int64_t sampled = collect(f, from, num, num / SAMPLED, -1.0f);
+    select_best(f->candidates, sampled, rank + 8);
+    float least = f->candidates[0].worth;
+    for (int64_t i = 1; i < rank + 8; i++)
+        least = least < f->candidates[i].worth ? least : f->candidates[i].worth;
+    return collect(f, from, num, 1, least);
+}
+
+/* Append the children of the chosen entries `from` on. A node's children lie together, but those
+ * of two nodes do not: what is read of them is asked for ahead. */
+static int64_t append_children(const Shape *s, const Tree *t, int64_t level, int64_t row,
+                               int64_t from, int64_t num, Found *f) {
+    const Level *of = t->level + level, *below = of - 1;
+    const int32_t *first = of->first + row * of->capacity;
+    int64_t row_below = row * below->capacity, nodes = 0, children = 0;
+    Candidate *node = f->candidates;
+    for (int64_t i = 0; i < num; i++) {
+        node[nodes].id = f->id[from + i];
+        nodes += f->chosen[from + i];
+    }
+    for (int64_t i = 0; i < nodes; i++) {
+        if (i + 2 * NODES_AHEAD < nodes) prefetch(first + node[i + 2 * NODES_AHEAD].id, 4);
+        if (i + NODES_AHEAD < nodes)
+            prefetch(below->next + row_below + first[node[i + NODES_AHEAD].id], 4);
+        for (int32_t child = first[node[i].id]; child >= 0; child = below->next[row_below + child]) {
+            int64_t at = row_below + child;
+            prefetch(below->key_mean + at * s->dim, s->dim);
+            prefetch(below->key_scale + at, 2);
+            prefetch(below->spread + at, 2);
+            prefetch((const char *)below->count + at * (level > 1 ? 4 : 1), 1);
+            f->frontier[children++] = child;
+        }
+    }
+    return children;
+}
+
+/* Score the nodes of a level and expand the best; returns the number of children. */
 static int64_t expand(const Shape *s, const Tree *t, int64_t level, int64_t row,
                       const float *query, const float *log_of, int64_t num, Found *f) {
-    int64_t from = f->num_far, children = 0, kept = 0, field = s->field_of_view;
-    if (num <= field) {
-        for (int64_t i = 0; i < num; i++)
-            children = append_children(t, level, row, f->id[from + i], f->frontier, children);
-        return children;
-    }
+    int64_t from = f->num_far, field = level > 1 ? (s->field_of_view + 1) / 2 : s->field_of_view;
+    memset(f->chosen + from, num <= field, (size_t)num);
+    if (num <= field) return append_children(s, t, level, row, from, num, f);
     score(s, t, level, row, query, log_of, from, num, f);
     f->nodes_scored += num;
+    f->num_far += num;
     weigh(s, f, from, num);
-    for (int64_t i = 0; i < num; i++)
-        f->candidates[i] = (Candidate){f->worth[i], f->id[from + i], (int32_t)i};
-    select_best(f->candidates, num, field);
-    memset(f->chosen + from, 0, (size_t)num);
-    for (int64_t i = 0; i < field; i++) f->chosen[from + f->candidates[i].entry] = 1;
-    for (int64_t i = 0; i < num; i++) {
-        int64_t old = from + i, new = from + kept;
-        if (f->chosen[old]) {
-            children = append_children(t, level, row, f->id[old], f->frontier, children);
-            continue;
-        }
-        f->id[new] = f->id[old];
-        f->level[new] = f->level[old];
-        f->count[new] = f->count[old];
-        for (int64_t g = 0; g < s->heads; g++) {
-            f->logits[g * f->stride + new] = f->logits[g * f->stride + old];
-            f->correction[g * f->stride + new] = f->correction[g * f->stride + old];
-        }
-        kept++;
+    int64_t candidates = collect_best(f, from, num, field);
+    if (candidates < field) candidates = collect(f, from, num, 1, -1.0f);
+    select_best(f->candidates, candidates, field);
+    for (int64_t i = 0; i < field; i++) {
+        int64_t at = from + f->candidates[i].entry;
+        f->chosen[at] = 1;
+        for (int64_t g = 0; g < s->heads; g++) f->logits[g * f->stride + at] = -1e30f;
     }
-    memset(f->chosen + from, 0, (size_t)kept);
-    set_aside(s, f, from, kept);
-    f->num_far += kept;
-    return children;
+    set_aside(s, f, from, num);
+    return append_children(s, t, level, row, from, num, f);
 }
 
 /* Take leaves from the best down, of the `room` best whatever still fits; returns whether `num`
@@ -245,35 +235,18 @@ static int take_best(const Shape *s, Found *f, int64_t num, int64_t of_all) {
     return taken == most || f->selected == s->room;
 }
 
-/* Candidates worth at least `least`; returns their number. */
-static int64_t collect(Found *f, int64_t num, int64_t stride, float least) {
-    const float *count = f->count + f->num_far;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < num; i += stride) {
-        f->candidates[kept] = (Candidate){f->worth[i] / count[i], f->id[f->num_far + i], (int32_t)i};
-        kept += f->candidates[kept].worth >= least;
-    }
-    return kept;
-}
-
-/* Choose leaves by worth a token. Few of many are taken, so most are never put in order: a sample
- * says what the better ones are worth. */
+/* Choose leaves by worth a token. */
 static void choose(const Shape *s, Found *f, int64_t num) {
-    memset(f->chosen + f->num_far, 0, (size_t)num);
+    int64_t from = f->num_far;
+    memset(f->chosen + from, 0, (size_t)num);
     f->selected = 0;
     if (s->room <= 0 || num == 0) return;
-    weigh(s, f, f->num_far, num);
-    int64_t wanted = s->room * SAMPLED / (2 * num);
-    if (num >= 8 * SAMPLED && wanted < SAMPLED / 2) {
-        int64_t sampled = collect(f, num, num / SAMPLED, -1.0f);
-        select_best(f->candidates, sampled, wanted + 8);
-        float least = f->candidates[0].worth;
-        for (int64_t i = 1; i < wanted + 8; i++)
-            least = least < f->candidates[i].worth ? least : f->candidates[i].worth;
-        if (take_best(s, f, collect(f, num, 1, least), num)) return;
-        memset(f->chosen + f->num_far, 0, (size_t)num);
-    }
-    take_best(s, f, collect(f, num, 1, -1.0f), num);
+    weigh(s, f, from, num);
+    for (int64_t i = 0; i < num; i++) f->worth[i] /= f->count[from + i];
+    /* half the room: the best leaves mostly have two tokens or more */
+    if (take_best(s, f, collect_best(f, from, num, s->room / 2), num)) return;
+    memset(f->chosen + from, 0, (size_t)num);
+    take_best(s, f, collect(f, from, num, 1, -1.0f), num);
 }
 
 void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
@@ -289,6 +262,16 @@ void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float
     score(s, t, 0, row, query, log_of, f->num_far, num, f);
     f->num = f->num_far + num;
     choose(s, f, num);
+}
+
+void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                       const float *log_of, Found *f) {
+    int64_t num = t->level[0].num[row];
+    f->num_far = f->nodes_scored = 0;
+    f->num = num;
+    for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
+    score(s, t, 0, row, query, log_of, 0, num, f);
+    memset(f->chosen, 0, (size_t)num);
 }
 
 int64_t icecache_most_entries(const Shape *s, const Tree *t) {

@@ -2,17 +2,14 @@
 #ifndef ICECACHE_SEARCH_H
 #define ICECACHE_SEARCH_H
 
+#include "best.h"
 #include "layer.h"
 
 #define LARGEST_LEAF_CORRECTION 2.0f
 #define LARGEST_NODE_CORRECTION 4.0f
 
-typedef struct {
-    float worth;
-    int32_t id, entry;
-} Candidate;
-
-/* Entries: the nodes that were not expanded, then the leaves that were scored. */
+/* Entries: the nodes that were scored, then the leaves. Chosen are nodes that were expanded and
+ * leaves to be attended exactly; the others are attended through their summaries. */
 typedef struct {
     int64_t stride, num_far, num, nodes_scored, selected;
     int32_t *id;
@@ -32,5 +29,14 @@ void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads);
 /* Score the leaves near the query and the nodes far from it, choose leaves within the room. */
 void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
                          const float *fixed_lse, const float *log_of, Found *f);
+
+/* Score all leaves of a row and choose none. */
+void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
+                       const float *log_of, Found *f);
+
+/* After a scan: take the tokens at `wanted`, [room], -1 where there is none, and leave the rest of
+ * their leaves. Writes each key's element in the pool; returns their number, -1 without memory. */
+int64_t icecache_take_given(const Shape *s, const Tree *t, const Pages *p, int64_t row,
+                            const int32_t *wanted, Found *f, int64_t *token);
 
 #endif

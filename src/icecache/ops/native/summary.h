@@ -18,7 +18,7 @@ static inline void quantize(const float *x, int8_t *codes, uint16_t *scale, int6
     }
 }
 
-/* The key mean at `at`, decoded. */
+/* The key mean at `at`, decoded, from the row's centre. */
 static inline void read_mean(const Level *level, int64_t at, int64_t dim, float *out) {
     float scale = from_bfloat16(level->key_scale[at]);
     from_int8(level->key_mean + at * dim, out, dim);
@@ -30,10 +30,12 @@ static inline void set_spread(Level *level, int64_t at, int64_t dim, float sprea
     level->spread[at] = to_bfloat16(spread + scale * scale * ((float)dim / 12.0f));
 }
 
-/* Recompute a leaf from members of keys and values, [member, dim]. */
-static inline void summarize_leaf(Level *leaves, int64_t leaf, const float *keys,
+/* Recompute a leaf of a row from members of keys and values, [member, dim]; leaf: over all rows. */
+static inline void summarize_leaf(Tree *t, int64_t row, int64_t leaf, const float *keys,
                                   const float *values, const int32_t *members, int64_t num,
                                   int64_t dim, float *mean) {
+    Level *leaves = t->level;
+    const float *centre = t->centre + row * dim;
     float weight = 1.0f / (float)num, spread = 0.0f;
     memset(mean, 0, sizeof(float) * (size_t)dim);
     for (int64_t m = 0; m < num; m++) add_scaled(mean, 1.0f, values + members[m] * dim, dim);
@@ -42,13 +44,14 @@ static inline void summarize_leaf(Level *leaves, int64_t leaf, const float *keys
     memset(mean, 0, sizeof(float) * (size_t)dim);
     for (int64_t m = 0; m < num; m++) add_scaled(mean, 1.0f, keys + members[m] * dim, dim);
     for (int64_t i = 0; i < dim; i++) mean[i] *= weight;
-    quantize(mean, leaves->key_mean + leaf * dim, leaves->key_scale + leaf, dim);
     for (int64_t m = 0; m < num; m++) {
         const float *key = keys + members[m] * dim;
         float squared = 0.0f;
         for (int64_t i = 0; i < dim; i++) squared += (key[i] - mean[i]) * (key[i] - mean[i]);
         spread += squared;
     }
+    for (int64_t i = 0; i < dim; i++) mean[i] -= centre[i];
+    quantize(mean, leaves->key_mean + leaf * dim, leaves->key_scale + leaf, dim);
     set_spread(leaves, leaf, dim, spread * weight);
 }
 

@@ -1,0 +1,1 @@
+"""Running a model with one prefill and many caches."""

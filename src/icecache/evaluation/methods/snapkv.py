@@ -1,0 +1,86 @@
+"""SnapKV: what the prompt's last queries look at is kept."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from icecache.errors import ConfigError
+from icecache.evaluation.engine.attend import Rule, Selection
+from icecache.evaluation.engine.prefill import OBSERVED
+from icecache.evaluation.engine.tokens import Tokens
+from icecache.evaluation.methods.base import SelectionMethod
+
+__all__ = ["SnapKV"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapKV(SelectionMethod):
+    """SnapKV (arXiv 2404.14469): evicts at the end of the prefill, once.
+
+    The attention of the prompt's last `window` queries to each earlier token, summed over them,
+    smoothed over `kernel` neighbours and averaged over the query heads of a KV head, says what is
+    kept; the observing tokens themselves are kept too. There is no sink beside that.
+
+    Budget: kept prompt tokens + generated tokens. Each generated token takes the place of the kept
+    prompt token of lowest score, so that a step never attends more than the budget (in the paper
+    the cache grows instead). Extra memory: none; the rest of the prompt is gone.
+
+    Parameters
+    ----------
+    kernel : int
+        Odd width of the smoothing, in tokens.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        # the zero-argument form of super does not work in a dataclass with slots
+        SelectionMethod.__post_init__(self)
+        if self.kernel % 2 == 0:
+            raise ConfigError(f"snapkv: kernel must be odd, got {self.kernel}")
+        if self.window > OBSERVED:
+            raise ConfigError(
+                f"snapkv: window must be at most {OBSERVED}, the queries that a prefill keeps, "
+                f"got {self.window}"
+            )
+
+    def policy(self, budget: int, layer: int) -> "_Snapshot":
+        """Return a policy that keeps what was best at the end of the prefill."""
+        return _Snapshot(budget, self.window, self.kernel)
+
+
+class _Snapshot:
+    def __init__(self, budget: int, window: int, kernel: int) -> None:
+        self._budget, self._window, self._kernel = budget, window, kernel
+        self._ranked: Tensor | None = None
+
+    def start(self, tokens: Tokens) -> None:
+        scores = observed_scores(tokens, self._window, self._kernel)
+        self._ranked = scores.topk(min(self._budget, scores.shape[1]), dim=1).indices
+
+    def select(self, query: Tensor, tokens: Tokens, rule: Rule) -> Selection:
+        assert self._ranked is not None
+        first = max(tokens.num_prompt, tokens.num_tokens - self._budget)
+        generated = torch.arange(first, tokens.num_tokens).expand(query.shape[0], -1)
+        room = self._budget - generated.shape[1]
+        return Selection(torch.cat([self._ranked[:, :room], generated], 1))
+
+
+def observed_scores(tokens: Tokens, window: int, kernel: int) -> Tensor:
+    """Return the score of every prompt token, ``[G, T]``; the observing ones have infinity."""
+    prompt = tokens.prompt
+    window = min(window, prompt.queries.shape[2])
+    queries = prompt.queries[:, :, -window:]
+    logits = torch.einsum("grwd,gtd->grwt", queries, prompt.keys).float() * prompt.scaling
+    num_tokens = logits.shape[-1]
+    later = torch.ones(window, num_tokens, dtype=torch.bool).triu(num_tokens - window + 1)
+    shares = logits.masked_fill(later, float("-inf")).softmax(-1).sum(2)[..., : -window or None]
+    if shares.shape[-1]:
+        shares = avg_pool1d(shares, kernel, stride=1, padding=kernel // 2)
+    scores = shares.mean(1)
+    return torch.cat([scores, scores.new_full((len(scores), window), float("inf"))], 1)

@@ -1,0 +1,1 @@
+"""Metrics by the benchmarks' own definitions; each gives 0 to 1."""

@@ -1,0 +1,1 @@
+"""What a run found: kept line by line, summed up, drawn."""

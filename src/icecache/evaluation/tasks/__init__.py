@@ -1,0 +1,1 @@
+"""The tasks: where their samples come from, how they are asked and scored."""
