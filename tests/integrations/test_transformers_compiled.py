@@ -30,7 +30,6 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     make = torch.compile
 
     def compile_plainly(function: Callable[..., Any], **options: Any) -> Any:
-        del options["options"]
         return make(function, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_plainly)
@@ -119,6 +118,9 @@ def test_changed_weights_make_a_new_graph(without_inductor: None) -> None:
         made = attachment.decode._compiled
         generate(model, prompt())
         assert attachment.decode._compiled is made
+        steps = attachment.compiled_steps
+        generate(model, prompt(), disable_compile=True)
+        assert attachment.compiled_steps == steps
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(-1.0)
         ours = generate(model, prompt())

@@ -115,9 +115,9 @@ class Attachment:
         """Forwards of ``generate`` that ran compiled."""
         return 0 if self.decode is None else self.decode.steps
 
-    def _may_compile(self, *args: Any, **kwargs: Any) -> bool:
-        # the call below runs what it cannot compile as it is
-        return True
+    def _may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        # what cannot be compiled, the call below runs as it is
+        return not generation_config.disable_compile
 
     def _decode_call(self, *args: Any, **kwargs: Any) -> Any:
         assert self.decode is not None

@@ -7,6 +7,7 @@ an output come out, so that its shapes stay the same however long the context gr
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -28,6 +29,7 @@ _SCHEMA = (
     "step(Tensor query, Tensor key, Tensor value, int layer, float scaling, float? softcap,"
     " Tensor? sinks) -> Tensor"
 )
+_PLAINLY = nullcontext()
 _PLAIN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _IGNORED = {"attention_mask", "logits_to_keep", "cache_position"}
 
@@ -113,6 +115,7 @@ class CompiledStep:
         require_compilable(model)
         self.model = model
         self.steps = 0
+        self._shapes: set[torch.Size] = set()
         self._weights: tuple[tuple[int, int], ...] = ()
         self._compiled = self._compile()
 
@@ -132,14 +135,20 @@ class CompiledStep:
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
         token = _running.set(cache)
+        is_new = token_ids.shape not in self._shapes
         try:
-            with torch.no_grad():
+            # dynamo looks at this while it traces: weights become constants, laid out once
+            with (
+                torch.no_grad(),
+                torch._inductor.config.patch(freezing=True) if is_new else _PLAINLY,
+            ):
                 logits = self._compiled(token_ids, positions)
         except IceCacheError:
             cache.undo()
             raise
         finally:
             _running.reset(token)
+        self._shapes.add(token_ids.shape)
         self.steps += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -157,9 +166,8 @@ class CompiledStep:
             logits: Tensor = output.logits
             return logits
 
-        # frozen weights are laid out once for the CPU's matrix products: most of the gain
-        options: dict[str, Any] = {"freezing": True}
-        return torch.compile(decode, fullgraph=True, dynamic=False, options=options)
+        self._shapes.clear()
+        return torch.compile(decode, fullgraph=True, dynamic=False)
 
 
 def is_plain_step(inputs: dict[str, Any]) -> bool:
