@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, PreTrainedModel
 from zoo import SMALL, build, family, greedy, left_padded
@@ -183,3 +184,54 @@ def test_the_medians_decide() -> None:
     step._trial = [1.0, 1.0, 9.0]
     assert step._is_faster()
     assert isinstance(step.model, LlamaForCausalLM)
+
+
+def test_a_compiler_that_fails_leaves_steps_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(family("llama"))
+    with icecache.attach(model, **SMALL, compile=False):
+        expected = generate(model, prompt())
+
+    def fail(*args: object) -> None:
+        raise TorchDynamoException("no headers")
+
+    monkeypatch.setattr(CompiledStep, "_compile", lambda self: fail)
+    monkeypatch.setattr(PacedStep.__init__, "__defaults__", (10,))
+    with icecache.attach(model, **SMALL) as attachment:
+        assert torch.equal(generate(model, prompt()), expected)
+        assert attachment.compiled_steps == 0
+    assert "stay uncompiled: no headers" in caplog.text
+
+
+def test_more_batch_sizes_than_graphs_run_as_they_are(
+    without_inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family("llama"))
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
+    with icecache.attach(model, **SMALL, compile=True) as attachment:
+        steps = []
+        for batch in (1, 2, 3, 1):
+            generate(model, prompt(batch))
+            steps.append(attachment.compiled_steps)
+    assert steps == [23, 46, 46, 69]
+
+
+def test_undo_between_forwards_changes_nothing() -> None:
+    model = build(family("llama"))
+    with torch.no_grad(), icecache.attach(model, **SMALL) as attachment:
+        generate(model, prompt())
+        cache = attachment.cache
+        assert cache is not None
+        held = cache.num_tokens
+        three = torch.randn(3, 4, 1, 16), *torch.randn(2, 3, 2, 1, 16)
+        with pytest.raises(InputError, match="batch size"):
+            cache.step(*three, 0, 0.25, None, None)
+        cache.undo()
+        assert cache.num_tokens == held
+
+
+def test_a_bound_that_is_never_reached_can_be_set() -> None:
+    model = build(family("llama"))
+    cache = icecache.IceCache(model, dense_until=1 << 31)
+    assert {layer.settings.dense_until for layer in cache.managed.values()} == {1 << 31}

@@ -1,6 +1,7 @@
 """What OpenAI's own client gets from the server."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tests.serve.running import Running
+from icecache.integrations.embedded import load
+from tests.serve.running import Running, running
 
 LINE = "Day {}: the wind came from the north and we mended boots. "
 LONG = "".join(LINE.format(day) for day in range(20))
@@ -38,10 +40,8 @@ def encoded(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_answer_is_the_models_own(tiny_model: Any, server: Running) -> None:
+def test_the_answer_is_the_models_own(tiny_model: Path, server: Running) -> None:
     """Within the budget: transformers' own generate says the same."""
-    from icecache.integrations.embedded import load
-
     model, tokenizer = load(tiny_model, "float32")
     ids = encoded(tokenizer, "Why?")
     out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
@@ -209,3 +209,20 @@ def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI, server: R
     with pytest.raises(openai.BadRequestError, match="far more than fit"):
         chat(client, "a" * 100_000)
     assert server.stats().reserved_bytes == 0
+
+
+def test_a_conversation_goes_on_after_a_restart(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_model, "float32")
+    messages = ask("Restart. " + LONG)
+    settings: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    with running(model, tokenizer, conversations=tmp_path) as server:
+        first = server.client().chat.completions.create(messages=messages, **settings)
+        said = {"role": "assistant", "content": first.choices[0].message.content}
+        messages = [*messages, said, *ask("And then?")]
+        before = server.client().chat.completions.create(messages=messages, **settings)
+    with running(model, tokenizer, conversations=tmp_path) as server:
+        after = server.client().chat.completions.create(messages=messages, **settings)
+    held = first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert before.usage.prompt_tokens_details.cached_tokens == held
+    assert after.usage.prompt_tokens_details.cached_tokens == held
+    assert after.choices[0].message.content == before.choices[0].message.content
