@@ -222,14 +222,12 @@ class IceCache(Cache):
         path : path
             A folder of its own; an older snapshot there stays whole until the new one is.
         about : dict, optional
-            What JSON can hold, such as the conversation's text; `load` gives it back as `about`.
+            What JSON can hold; `load` gives it back as `about`.
 
         Raises
         ------
-        InputError
-            If the cache was made from a config alone, or the folder holds other things.
-        UnsupportedModel
-            If layers left to the model hold more than keys and values.
+        InputError, UnsupportedModel
+            If which model it is for is not known, or its other layers hold more than keys.
         OSError
             If it cannot be written; an older snapshot is as it was.
         """
@@ -242,16 +240,7 @@ class IceCache(Cache):
         model: PreTrainedModel,
         settings: IceCacheConfig | None = None,
     ) -> "IceCache":
-        """Return a cache that `save` has written, to be used with the same model.
-
-        Parameters
-        ----------
-        path : path
-            The folder.
-        model : PreTrainedModel
-            With the same weights, in the same dtype.
-        settings : IceCacheConfig, optional
-            Those that the snapshot must have; by default they come from it.
+        """Return a cache that `save` has written; with `settings`, one that has just those.
 
         Raises
         ------
