@@ -94,6 +94,7 @@ def test_given_tokens_are_exact_and_the_rest_is_what_leaves_have_left(
     stats = layer.stats()
     assert (stats.sparse_steps, stats.reused_steps) == (1, 1)
     assert leader.stats().reused_steps == 0
+    assert layer.selection is positions
     # every leaf is scored: what is not given needs an estimate
     assert stats.leaves_scored == stats.leaves and stats.nodes_scored == 0
 

@@ -78,7 +78,8 @@ def attend_native(
 ) -> NativeStep:
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out = torch.empty_like(ask.query)
-    positions = _no_positions(ask, spans, config) if config.layer_reuse > 1 else None
+    selects = config.layer_reuse > 1 and ask.positions is None
+    positions = _no_positions(ask, spans, config) if selects else None
     return _call(ask, spans, stored, config, out, positions)
 
 

@@ -81,12 +81,13 @@ def _attend_sparse(
         step = attend_native(ask, context.spans(), stored, config)
         counters.count_sparse(step.nodes_scored, step.leaves_scored, step.num_attended)
         assert step.out is not None
-        return Attended(step.out, step.positions)
+        return Attended(step.out, step.positions if ask.positions is None else ask.positions)
     twin = inspect_step(context, config, backend, ask)
     counters.count_sparse(twin.nodes_scored, twin.leaves_scored, twin.num_attended)
     if config.layer_reuse == 1:
         return Attended(twin.out, None)
-    return Attended(twin.out, _positions_of(twin.chosen, context, config))
+    chosen = _positions_of(twin.chosen, context, config)
+    return Attended(twin.out, chosen if ask.positions is None else ask.positions)
 
 
 def search_step(context: Context, config: IceCacheConfig, backend: str, ask: Ask) -> SearchResult:
