@@ -128,6 +128,18 @@ def test_results_do_not_depend_on_what_else_is_run(
         assert record == expected[record.key]
 
 
+def test_more_forced_steps_ask_the_same(tiny_model: Path) -> None:
+    loaded = load(tiny_model, "float32")
+    few, many = (
+        [
+            [prompt.sample.answers for prompt in work.prompts]
+            for work in Runner(_settings(tiny_model, tasks=("passkey",), steps=n), *loaded).works
+        ]
+        for n in (4, 80)
+    )
+    assert few == many
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(
     finished: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

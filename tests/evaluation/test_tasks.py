@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icecache.errors import InputError
 from icecache.evaluation.tasks.base import Sample, Source
-from icecache.evaluation.tasks.fit import all_words
+from icecache.evaluation.tasks.fit import Draft, all_words, fitted_samples
 from icecache.evaluation.tasks.gsm8k import SHOTS
 from icecache.evaluation.tasks.registry import all_tasks, find_tasks, task_groups
 from icecache.evaluation.tasks.rows import Hub, read_jsonl
@@ -210,6 +210,27 @@ def test_common_words_are_the_ten_most_frequent(tokenizer: PreTrainedTokenizerBa
         assert set(sample.answers) <= set(all_words())
 
 
+def test_a_template_takes_of_the_room_but_does_not_change_the_task(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    whole, less = (
+        _load("ruler_cwe", _source(tokenizer, length=4096, reserved=reserved), 1)[0]
+        for reserved in (0, 80)
+    )
+    for sample, most in ((whole, 4096), (less, 4016)):
+        used = len(tokenizer(sample.prompt + sample.prefix)["input_ids"]) + 120
+        assert 0.85 * 4096 < used <= most
+        asked = sample.prompt.rsplit("Below is a numbered list", 1)[1]
+        counts = Counter(re.findall(r"\d+\. (\S+(?: \D\S*)?)(?= \d+\.|\n)", asked))
+        assert set(counts.values()) == {30, 3}
+    for name in ("passkey", "ruler_niah_single_1", "ruler_niah_multikey_1", "ruler_vt"):
+        whole, less = (
+            _load(name, _source(tokenizer, reserved=reserved), 1)[0] for reserved in (0, 80)
+        )
+        assert whole.answers == less.answers
+        assert len(less.prompt) < len(whole.prompt)
+
+
 def test_frequent_words_are_the_three_most_frequent(tokenizer: PreTrainedTokenizerBase) -> None:
     (sample,) = _load("ruler_fwe", _source(tokenizer, length=3000), 1)
     words = sample.prompt.split("coded words. ", 1)[1].split("\nQuestion", 1)[0].split()
@@ -271,6 +292,12 @@ def test_squad_and_hotpotqa_put_the_answering_documents_among_others(
 def test_a_length_too_short_for_the_task_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"ruler_cwe: a prompt of 200 tokens.* raise --lengths"):
         _load("ruler_cwe", _source(tokenizer, length=200))
+
+
+def test_a_context_that_does_not_grow_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    drafts = fitted_samples("empty", _source(tokenizer), lambda r, n: Draft("same", "", ()), 1, 9)
+    with pytest.raises(InputError, match="empty: .* it does not grow"):
+        next(drafts)
 
 
 def test_gsm8k_shows_the_last_rows_and_asks_the_others(tmp_path: Path) -> None:
