@@ -289,6 +289,35 @@ def test_squad_and_hotpotqa_put_the_answering_documents_among_others(
         _load("ruler_qa_1", _source(tokenizer, data=tmp_path / "no"))
 
 
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("ruler_qa_1", {}, r"squad\.json: data must be a list that is not empty, got None"),
+        ("ruler_qa_1", [], r"squad\.json must be an object, got \[\]"),
+        ("ruler_qa_1", {"data": [3]}, r"squad\.json: data\[0\] must be an object, got 3"),
+        ("ruler_qa_2", [], r"hotpotqa\.json must be a list that is not empty, got \[\]"),
+        ("ruler_qa_2", [{}], r"hotpotqa\.json\[0\]: question must be text, got None"),
+        (
+            "ruler_qa_2",
+            [{"question": "q", "answer": "a", "context": [["title"]]}],
+            r"hotpotqa\.json\[0\]: context\[0\] must be a title and its sentences, got \['title'\]",
+        ),
+        (
+            "ruler_qa_2",
+            [{"question": "q", "answer": "a", "context": [["title", ["text"]]]}],
+            "ruler_qa_2: question 0 of the data set must have documents of other questions",
+        ),
+    ],
+)
+def test_a_bad_file_of_questions_names_the_place(
+    task: str, content: Any, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for name in ("squad", "hotpotqa"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        _load(task, _source(tokenizer, data=tmp_path))
+
+
 def test_a_length_too_short_for_the_task_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"ruler_cwe: a prompt of 200 tokens.* raise --lengths"):
         _load("ruler_cwe", _source(tokenizer, length=200))
@@ -296,7 +325,7 @@ def test_a_length_too_short_for_the_task_is_an_error(tokenizer: PreTrainedTokeni
 
 def test_a_context_that_does_not_grow_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     drafts = fitted_samples("empty", _source(tokenizer), lambda r, n: Draft("same", "", ()), 1, 9)
-    with pytest.raises(InputError, match="empty: .* it does not grow"):
+    with pytest.raises(InputError, match=r"empty: .* it does not grow"):
         next(drafts)
 
 
