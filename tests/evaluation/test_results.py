@@ -161,6 +161,54 @@ def test_a_torn_session_is_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes() == 2 * whole
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"sessions\.jsonl holds no session"),
+        ('{"icecache": "0", "com', r"sessions\.jsonl holds no session"),
+        ('{"icecache": "0", "com{}\n', r"sessions\.jsonl:1: not a session \(JSONDecodeError"),
+        ("[]\n", r"sessions\.jsonl:1: not a session"),
+        ('{"settings": {}}\n', r"sessions\.jsonl:1: not a session, it lacks icecache, .*seed"),
+    ],
+)
+def test_a_report_without_a_whole_session_says_so(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    _fill(tmp_path, _example())
+    (tmp_path / "sessions.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_torn_only_session_is_replaced_by_the_next(tmp_path: Path) -> None:
+    _fill(tmp_path, _example())
+    path = tmp_path / "sessions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    _fill(tmp_path, [])
+    assert path.read_bytes() == whole
+    write_report(tmp_path)
+
+
+def test_settings_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[]")
+    with (
+        pytest.raises(InputError, match=r"run\.json: must be an object of settings, got list"),
+        ResultStore.open(tmp_path, SETTINGS, STAMP),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"--out must be a folder that can be .*file/run \(Not a d"),
+        ResultStore.open(tmp_path / "file" / "run", SETTINGS, STAMP),
+    ):
+        pass
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with ResultStore.open(tmp_path, SETTINGS, STAMP) as store:
         with (

@@ -10,7 +10,7 @@ import jinja2
 from icecache.errors import InputError
 from icecache.evaluation.methods.registry import METHODS
 from icecache.evaluation.results.plots import draw_plots
-from icecache.evaluation.results.store import load_results, load_sessions, write_atomically
+from icecache.evaluation.results.store import STAMPS, load_results, load_sessions, write_atomically
 from icecache.evaluation.results.tables import Results, Table, summary_tables
 
 __all__ = ["write_report"]
@@ -68,9 +68,8 @@ def _facts(results: Results, sessions: list[dict[str, Any]]) -> list[tuple[str, 
     ]
     if results.num_partial:
         facts.append(("left out", f"{results.num_partial} samples that some method lacks"))
-    stamps = ("icecache", "commit", "torch", "transformers", "processor", "threads", "started")
     for number, session in enumerate(sessions, 1):
-        stamp = ", ".join(f"{name} {session[name]}" for name in stamps)
+        stamp = ", ".join(f"{name} {session[name]}" for name in STAMPS[:-1])
         facts.append((f"session {number}", stamp))
     return facts
 
