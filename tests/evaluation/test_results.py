@@ -248,13 +248,35 @@ def test_intervals_cover_what_they_should() -> None:
         covered += found.low <= 3.0 <= found.high
     # 95 % of 200, the bootstrap of 30 samples being a little narrow
     assert 175 <= covered <= 199
-    assert mean_interval([2.0]) == (2.0, 2.0, 2.0)
     assert mean_interval([1.0, 2.0]) == mean_interval([1.0, 2.0])
 
 
 def test_a_mean_of_means_weighs_tasks_alike() -> None:
-    found = mean_of_means([[1.0] * 9, [0.0]])
+    found = mean_of_means([[1.0] * 9, [0.0] * 2])
     assert found == (0.5, 0.5, 0.5)
+
+
+def test_fewer_than_two_samples_have_no_interval(tmp_path: Path) -> None:
+    assert mean_interval([2.0]) == (2.0, None, None)
+    assert mean_of_means([[1.0, 2.0], [0.5]]) == (1.0, None, None)
+    assert ratio_interval([3.0], [2.0]) == (1.5, None, None)
+    records = [record for record in _example() if record.id == "0" and record.task == "lcc"]
+    tables = {table.title: table.rows for table in summary_tables(Results(records))}
+    assert tables["Distance from the full cache"][0] == ["topk", "1", "0.25"]
+    assert tables["Scores at 64 tokens"][0][3:] == ["40.0 0.50", "60.0 0.75"]
+    _fill(tmp_path, records)
+    assert len(write_report(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("count", "says"), [(9, True), (10, False)])
+def test_a_report_says_that_intervals_of_few_samples_are_too_narrow(
+    count: int, says: bool, tmp_path: Path
+) -> None:
+    full = {"kl": 0.0, "attended": 1000.0}
+    for number in range(count):
+        _fill(tmp_path, [_record("full", None, number=number, **full), _record(number=number)])
+    text = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert ("fewer than 10 samples are too narrow" in text) is says
 
 
 def test_ratios_are_resampled_in_pairs() -> None:

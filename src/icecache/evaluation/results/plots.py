@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icecache.evaluation.results.bootstrap import mean_interval
+from icecache.evaluation.results.bootstrap import Interval, mean_interval
 from icecache.evaluation.results.quoted import QUOTED, QUOTED_FULL
 from icecache.evaluation.results.record import Record
 from icecache.evaluation.results.tables import Results
@@ -67,7 +67,7 @@ def _kl_over_budget(axes: Any, results: Results) -> None:
         budgets = [budget for budget in results.budgets if (method, budget) in results.cells]
         found = [mean_interval([r.kl for r in results.of((method, b))]) for b in budgets]
         values = np.array([entry.value for entry in found])
-        spread = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
+        spread = np.array([_arms(entry) for entry in found]).T
         axes.errorbar(budgets, values, yerr=spread.clip(min=0), marker="o", capsize=2, label=method)
     axes.set_xscale("log", base=2)
     # zero is on the axis: a budget that holds the context gives it
@@ -75,6 +75,13 @@ def _kl_over_budget(axes: Any, results: Results) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xticks(results.budgets, [str(budget) for budget in results.budgets])
     axes.set_xlabel("tokens a KV head attends exactly")
+
+
+def _arms(found: Interval) -> tuple[float, float]:
+    """Return how far the interval reaches down and up; nowhere where there is none."""
+    if found.low is None or found.high is None:
+        return 0.0, 0.0
+    return found.value - found.low, found.high - found.value
 
 
 def _ratios(budget: int, axes: Any, results: Results) -> None:

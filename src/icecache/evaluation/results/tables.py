@@ -189,12 +189,14 @@ def _shown(found: Interval, digits: int | None = None) -> str:
     def one(value: float) -> str:
         return f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
 
+    if found.low is None or found.high is None:
+        return one(found.value)
     return f"{one(found.value)} ({one(found.low)}-{one(found.high)})"
 
 
 def _with_ratio(found: Interval, full: float) -> str:
     ratio = f"{found.value / full:.2f}" if full else "-"
-    return f"{found.value:.1f} ({found.low:.1f}-{found.high:.1f}) {ratio}"
+    return f"{_shown(found, 1)} {ratio}"
 
 
 def _layer_mean(layers: list[tuple[float, ...]]) -> float:
