@@ -295,6 +295,19 @@ def test_a_probe_measures_mass_and_error_of_what_was_attended() -> None:
     assert probe.error[2] == pytest.approx(float(error.mean()), rel=1e-4)
 
 
+def test_a_head_that_puts_nothing_out_has_no_error() -> None:
+    model = build(family("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.zero_()
+    prefill, reference = full_answer(model, IDS, steps(1))
+    with torch.inference_mode(), evaluation_attention(model):
+        run = Streaming(sink=4).open(model, prefill, 20)
+        probe = LayerProbe(prefill, run.attended)
+        model(torch.tensor([reference.tokens]), past_key_values=run.cache, probe=probe)
+    assert probe.error == [0.0] * len(probe.error)
+
+
 def test_a_probe_counts_no_position_for_minus_one() -> None:
     model = build(family("llama"))
     prefill, reference = full_answer(model, IDS, steps(1))

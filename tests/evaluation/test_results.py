@@ -1,5 +1,6 @@
 """Results on the disk, their summary, and the report."""
 
+import dataclasses
 import json
 import math
 import os
@@ -111,6 +112,13 @@ def test_a_line_that_is_no_result_names_file_and_line(tmp_path: Path) -> None:
 def test_numbers_that_are_none_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is nan"):
         _record(**{name: math.nan}).to_line()
+
+
+@pytest.mark.parametrize("name", ["mass", "error"])
+def test_layers_that_are_no_number_are_refused(name: str) -> None:
+    record = dataclasses.replace(_record(), **{name: (0.5, math.nan)})
+    with pytest.raises(InputError, match=f"{name} of layer 1 is nan"):
+        record.to_line()
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:

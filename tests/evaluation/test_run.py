@@ -282,6 +282,18 @@ def test_run_and_report_on_the_command_line(cli: Cli, tiny_model: Path, tmp_path
         (("run", "--tasks", "nope", "--out", "x"), "unknown task 'nope'"),
         (("run", "--tasks", "passkey", "--methods", "nope", "--out", "x"), "unknown method 'nope'"),
         (("run", "--tasks", "passkey", "--limit", "0", "--out", "x"), "--limit must be at least 1"),
+        (
+            ("run", "--tasks", "passkey", "--budgets", "--limit", "1", "--out", "x"),
+            "--budgets must have a value or more, got none",
+        ),
+        (
+            ("run", "--tasks", "passkey", "--methods", "full:sink=3", "--out", "x"),
+            "full takes no parameters, got sink",
+        ),
+        (
+            ("run", "--tasks", "passkey", "--methods", "full:", "--out", "x"),
+            "a parameter is written key=value, got ''",
+        ),
         (("report", "x"), "no results of `icecache eval run` in"),
     ],
 )

@@ -82,6 +82,11 @@ def test_complete_prompts_and_nested_answers_are_taken_as_they_are(tmp_path: Pat
         ('{"prompt": "a"}\n', r"lcc\.jsonl:1: field 'answers' must be a list"),
         ('{"prompt": "a", "answers": []}\n', r"lcc\.jsonl:1: field 'answers' must be a list"),
         ('\n{"context": "a", "answers": ["b"]}\n', r"lcc\.jsonl:2: field 'input' .* is missing"),
+        ('{"prompt": "a", "answers": [null]}\n', r"lcc\.jsonl:1: field 'answers' .*got \[None\]"),
+        (
+            '{"prompt": "a", "answers": ["b"], "all_classes": 3}\n',
+            r"lcc\.jsonl:1: field 'all_classes' must be a list of texts, got 3",
+        ),
         ('{"prompt": 3, "answers": ["b"]}\n', r"lcc\.jsonl:1: field 'prompt' .* it is int"),
     ],
 )
@@ -89,6 +94,22 @@ def test_a_bad_line_names_file_and_line(tmp_path: Path, lines: str, message: str
     (tmp_path / "lcc.jsonl").write_text(lines, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         _load("lcc", _source(None, data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "message"),
+    [
+        ("trec", "Date", r"trec\.jsonl:1: field 'all_classes' must be a list of texts, trec needs"),
+        ("lsht", "Date", r"lsht\.jsonl:1: field 'all_classes' must be"),
+        ("passage_retrieval_en", "Paragraph x", r"en\.jsonl:1: .* a number, got 'Paragraph x'"),
+    ],
+)
+def test_answers_that_a_metric_cannot_take_are_refused(
+    task: str, answer: str, message: str, tmp_path: Path
+) -> None:
+    _write(tmp_path / f"{task}.jsonl", {"prompt": "a", "answers": [answer]})
+    with pytest.raises(InputError, match=message):
+        _load(task, _source(None, data=tmp_path))
 
 
 def test_a_line_that_is_not_utf8_names_file_and_line(tmp_path: Path) -> None:
@@ -341,6 +362,9 @@ def test_gsm8k_shows_the_last_rows_and_asks_the_others(tmp_path: Path) -> None:
     task = all_tasks()["gsm8k"]
     answer = task.trim(" It is 1000.\n#### 1000\n\nQuestion: Q8?\nAnswer: 8")
     assert task.score(answer, samples[0]) == 1.0
+    _write(tmp_path / "gsm8k_test.jsonl", {"question": "Q?", "answer": "#### abc"}, *rows)
+    with pytest.raises(InputError, match=r"gsm8k_test\.jsonl:1: .* NUMBER, it ends in '#### abc'"):
+        _load("gsm8k", _source(None, data=tmp_path))
     _write(tmp_path / "gsm8k_test.jsonl", *rows[:SHOTS])
     with pytest.raises(InputError, match="more than 8 rows"):
         _load("gsm8k", _source(None, data=tmp_path))
