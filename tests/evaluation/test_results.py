@@ -318,6 +318,13 @@ def test_tables_hold_the_means() -> None:
     quoted = {(row[0], row[1]): row[2:] for row in tables["Beside the paper's figures"].rows}
     assert quoted["topk", "256"] == ["49.8", "1.006", "0.500"]
     assert quoted["icecache-paper", "64"] == ["47.8", "0.966", "-"]
+    names = {"lcc": "passkey@700", "trec": "vcsum"}
+    far_from = [dataclasses.replace(record, task=names[record.task]) for record in _example()]
+    rows_without = summary_tables(Results(far_from))[-1].rows
+    assert {row[-1] for row in rows_without} == {"-"}
+    mixed = [*_example(), *(dataclasses.replace(r, score=0.8) for r in far_from)]
+    rows_with = {(row[0], row[1]): row[2:] for row in summary_tables(Results(mixed))[-1].rows}
+    assert rows_with["topk", "256"] == quoted["topk", "256"]
     assert "quoted" in tables["Beside the paper's figures"].note.lower()
 
 

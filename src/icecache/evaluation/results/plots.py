@@ -12,6 +12,7 @@ from icecache.evaluation.results.bootstrap import Interval, mean_interval
 from icecache.evaluation.results.quoted import QUOTED, QUOTED_FULL
 from icecache.evaluation.results.record import Record
 from icecache.evaluation.results.tables import Results
+from icecache.evaluation.tasks.registry import task_groups
 
 __all__ = ["Plot", "draw_plots"]
 
@@ -86,7 +87,9 @@ def _arms(found: Interval) -> tuple[float, float]:
 
 def _ratios(budget: int, axes: Any, results: Results) -> None:
     methods = [method for method in results.methods if (method, budget) in results.cells]
-    quoted = {q.method: q.score / QUOTED_FULL for q in QUOTED if q.budget == budget}
+    # the paper's figures are of LongBench's English sets
+    has_english = any(task in task_groups()["longbench_en"] for task in results.tasks)
+    quoted = {q.method: q.score / QUOTED_FULL for q in QUOTED if q.budget == budget and has_english}
     tasks = [task for task in results.tasks if any(results.scores(None, task))]
     width = 0.8 / max(1, len(methods))
     for i, method in enumerate(methods):
