@@ -4,6 +4,9 @@ import sys
 
 from setuptools import Extension, setup
 
+# with gcc the library shares torch's threads: both ask for libgomp by the same name
+openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
+
 setup(
     ext_modules=[
         Extension(
@@ -11,22 +14,16 @@ setup(
             sources=[
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
-                    "search",
-                    "given",
-                    "step",
-                    "path",
-                    "grow",
-                    "insert",
-                    "group",
-                    "pack",
-                    "fill",
+                    *("search", "given", "step", "dense", "decode", "path"),
+                    *("grow", "insert", "group", "pack", "fill"),
                 )
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
                 for name in (
-                    *("layer", "vector", "search", "pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best"),
+                    *("layer", "vector", "search", "step", "insert", "decode"),
+                    *("pages", "summary", "grow"),
+                    *("nearest", "nearest_tile", "cut", "best", "dots"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],
@@ -39,7 +36,9 @@ setup(
                 "-fassociative-math",
                 "-fno-signed-zeros",
                 "-ffinite-math-only",
+                *openmp,
             ],
+            extra_link_args=openmp,
             # without a compiler the same ops run in torch, and stats() says so
             optional=True,
         )

@@ -9,9 +9,11 @@ prefill, for lengths and models for which that would take too long (`--synthetic
 tokens, or with random weights). The caches take turns in blocks of 8 steps, so that whatever else
 the machine does hits all alike; the first block is not timed.
 
-`ratio` is DynamicCache's median over each cache's. DynamicCache answers greedily and the others are
-given its tokens; `agreement` is the share of timed steps in which they would have said the next one
-too, in real contexts. `prefill_s` ends with the prompt's last logits; `settle_s` is what a cache's
+`ratio` is how often a cache's step fits into DynamicCache's, the median over the blocks.
+DynamicCache answers greedily and the others are given its tokens; `agreement` is the share of timed
+steps in which they would have said the next one too, in real contexts. `icecache:compiled` runs its
+steps through torch.compile, `llama.cpp` the same model in 4 bits a weight, where it is installed.
+`prefill_s` ends with the prompt's last logits; `settle_s` is what a cache's
 own threads took after that, before anything else ran. `kv_bytes` is what a cache holds at the end,
 index and reserved room included. `peak_rss` is sampled every 20 ms by a thread during a cache's own
 prefill and blocks, with nothing subtracted: the process holds the model, and the other caches that
@@ -38,7 +40,7 @@ from common import (
     set_threads,
     write_json,
 )
-from decode_caches import OPENERS, sort_out
+from decode_caches import COMPILED, OPENERS, sort_out
 from decode_measure import BLOCK, CHUNK, Case, measure
 from decode_model import SHAPES, Subject, check_model, load_subject, prompt_ids
 
@@ -62,9 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--caches",
         nargs="+",
-        default=list(OPENERS),
+        default=[name for name in OPENERS if name != COMPILED],
         metavar="NAME",
-        help=f"of {', '.join(OPENERS)} (default: all; those that cannot run are named)",
+        help=f"of {', '.join(OPENERS)} (default: all but the compiled step, which takes a minute "
+        "to make; those that cannot run are named)",
     )
     parser.add_argument("--synthetic", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of the real contexts")

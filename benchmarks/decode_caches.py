@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from decode_model import Subject
+from decode_peers import INSTALL, LLAMA, LlamaPlayer
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from icecache.integrations.embedded import EMBEDDED
 from icecache.integrations.transformers import IceCache, attach
+from icecache.integrations.transformers.compiled import CompiledStep
 from icecache.integrations.transformers.layer import ManagedLayer
 
+COMPILED = "icecache:compiled"
 _QUANTO = "pip install optimum-quanto ninja"
 # the smallest group that 4-bit caches quantize together
 _PROBE = 64
@@ -34,6 +40,7 @@ class Opening(NamedTuple):
     model: PreTrainedModel
     capacity: int  # tokens
     settings: dict[str, Any]  # of IceCache
+    is_embedded: bool = False
 
 
 def _icecache(opening: Opening) -> Cache:
@@ -79,14 +86,24 @@ def _kvpress(opening: Opening) -> Cache:
     )
 
 
+def _llama(opening: Opening) -> Cache:
+    if find_spec("llama_cpp") is None:
+        raise LeftOut("llama-cpp-python is not installed", INSTALL)
+    if not opening.is_embedded:
+        raise LeftOut("llama.cpp has the embedded model only: --model embedded")
+    raise AssertionError("llama.cpp has no cache; make_player makes its player")
+
+
 OPENERS: dict[str, Callable[[Opening], Cache]] = {
     "icecache": _icecache,
+    COMPILED: _icecache,
     "dynamic": _dynamic,
     "static": _static,
     "quantized": _quantized,
     "quantized:fp8": _fp8,
     "offloaded": _offloaded,
     "kvpress:snapkv": _kvpress,
+    LLAMA: _llama,
 }
 
 
@@ -98,6 +115,7 @@ class Player:
         self.model = opening.model
         self.cache = OPENERS[name](opening)
         self._settings = opening.settings
+        self._step = _compiled_step(opening.model) if name == COMPILED else None
 
     def attached(self) -> AbstractContextManager[Any]:
         """Let the model run the attention of this cache, and no longer than that."""
@@ -107,9 +125,11 @@ class Player:
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits of the last of `token_ids`, `[1, tokens]`, which the cache takes in."""
-        output = self.model(
-            input_ids=token_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        inputs = {"input_ids": token_ids, "past_key_values": self.cache, "use_cache": True}
+        if self._step is not None and token_ids.shape[1] == 1:
+            output = self._step(**inputs)
+        else:
+            output = self.model(**inputs, logits_to_keep=1)
         return output.logits[:, -1]
 
     def take(self, index: int, keys: Tensor, values: Tensor) -> None:
@@ -142,6 +162,24 @@ class Player:
             else:
                 held += sum(_bytes(getattr(layer, part, None)) for part in _PARTS)
         return held
+
+
+@lru_cache(maxsize=1)
+def _compiled_step(model: PreTrainedModel) -> CompiledStep:
+    """One graph for all lengths."""
+    with attach(model, compile=False):
+        return CompiledStep(model)
+
+
+def make_player(name: str, opening: Opening) -> Player | LlamaPlayer:
+    """The player of a name; `LeftOut` where it cannot run here."""
+    if name != LLAMA:
+        return Player(name, opening)
+    if find_spec("llama_cpp") is None or not opening.is_embedded:
+        OPENERS[name](opening)
+    config = opening.model.config
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    return LlamaPlayer(opening.capacity, 2 * 2 * config.num_hidden_layers * heads * dim)
 
 
 _PARTS = ("keys", "values", "_quantized_keys", "_quantized_values")
@@ -180,7 +218,8 @@ def sort_out(
 def _trial(name: str, subject: Subject, settings: dict[str, Any]) -> LeftOut | None:
     """Why a cache cannot run here, or None when it did."""
     try:
-        player = Player(name, Opening(subject.model, _PROBE + 1, settings))
+        opening = Opening(subject.model, _PROBE + 1, settings, subject.name == EMBEDDED)
+        player = make_player(name, opening)
         with player.attached():
             player.forward(torch.ones(1, _PROBE, dtype=torch.long))
             player.forward(torch.ones(1, 1, dtype=torch.long))
@@ -188,7 +227,7 @@ def _trial(name: str, subject: Subject, settings: dict[str, Any]) -> LeftOut | N
     except LeftOut as left:
         return left
     except (ImportError, RuntimeError, ValueError) as error:
-        if name == "icecache":
+        if name.startswith("icecache"):
             raise
         return LeftOut(f"{type(error).__name__}: {error}")
     return None

@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import psutil
 import torch
 from common import step_times
-from decode_caches import Opening, Player
+from decode_caches import Opening, Player, make_player
 from decode_model import Subject
 from synthetic import clustered_record
 from torch import Tensor
 
 from icecache.errors import HostMemoryExceeded
+from icecache.integrations.embedded import EMBEDDED
 
 BLOCK = 8
 CHUNK = 2048
@@ -97,8 +99,9 @@ def measure(
     are given the same tokens, so that their answers can be compared at every step.
     """
     check_memory(subject, case, len(names))
-    opening = Opening(subject.model, case.tokens + sum(case.blocks), case.settings)
-    players = [Player(name, opening) for name in names]
+    capacity = case.tokens + sum(case.blocks)
+    opening = Opening(subject.model, capacity, case.settings, subject.name == EMBEDDED)
+    players = [make_player(name, opening) for name in names]
     # the leader first, the others as they were
     players.sort(key=lambda player: player.name != "dynamic")
     takes = {name: Take() for name in names}
@@ -217,13 +220,23 @@ def decode(
     return seconds, torch.cat(answers, 1)
 
 
+def _blocks(seconds: list[float]) -> list[list[float]]:
+    return [seconds[i : i + BLOCK] for i in range(0, len(seconds), BLOCK)]
+
+
+def _ratio(full: list[float], ours: list[float]) -> float:
+    """Median over the rounds of one median over the other: what slows a round slows both."""
+    rounds = zip(_blocks(full), _blocks(ours), strict=True)
+    return median(median(theirs) / median(mine) for theirs, mine in rounds)
+
+
 def row(name: str, case: Case, takes: dict[str, Take], held: int) -> dict[str, Any]:
     """The figures of a cache; what cannot be had is None."""
     take, full = takes[name], takes.get("dynamic")
     times = step_times(take.seconds)
     ratio = agreement = None
     if full is not None:
-        ratio = step_times(full.seconds)["median_ms"] / times["median_ms"]
+        ratio = _ratio(full.seconds, take.seconds)
         if not case.is_synthetic:
             same = sum(ours == theirs for ours, theirs in zip(take.answers, full.answers))
             agreement = same / case.steps

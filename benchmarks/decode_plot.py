@@ -13,6 +13,8 @@ Rows = list[dict[str, Any]]
 
 _LABELS = {
     "icecache": "IceCache",
+    "icecache:compiled": "IceCache, compiled step",
+    "llama.cpp": "llama.cpp, 4 bits a weight",
     "dynamic": "DynamicCache",
     "static": "StaticCache",
     "quantized": "QuantizedCache, 4 bits",

@@ -1,5 +1,6 @@
 """The slow twin of a search: which leaves are near a query, which nodes stay far."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,8 @@ def slow_descent(
     beside, scored = beside.clone(), 0
     for number in range(top, 0, -1):
         expanded = frontier
-        if len(frontier) > config.field_of_view:
+        field = config.field_of_view if number == 1 else math.ceil(config.field_of_view / 2)
+        if len(frontier) > field:
             scored += len(frontier)
             worth, likely = torch.zeros(len(frontier)), []
             for q, rest in zip(queries, beside, strict=True):
@@ -87,7 +89,7 @@ def slow_descent(
                 error = correction.sqrt() if config.estimates_remainder else 1.0
                 worth += (likely[-1] - total).exp() * error
             by_worth = np.lexsort((np.asarray(frontier), -worth.numpy()))
-            best = set(by_worth[: config.field_of_view].tolist())
+            best = set(by_worth[:field].tolist())
             rest_of = [i for i in range(len(frontier)) if i not in best]
             far += [(number, frontier[i]) for i in rest_of]
             for head, estimates in enumerate(likely):

@@ -13,11 +13,13 @@ from icecache.cache.stats import LayerStats, Phase
 from icecache.config import IceCacheConfig
 
 if TYPE_CHECKING:
+    from icecache.engine import Engine
     from icecache.integrations.transformers import IceCache, attach, supports
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "IceCache",
     "IceCacheConfig",
     "IceCacheLayer",
@@ -31,4 +33,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("IceCache", "attach", "supports"):
         return getattr(import_module("icecache.integrations.transformers"), name)
+    if name == "Engine":
+        return import_module("icecache.engine").Engine
     raise AttributeError(f"module 'icecache' has no attribute {name!r}")

@@ -38,9 +38,14 @@ class IceCacheConfig:
     crossover : int, default 16384
         Leaves up to which a row is scanned flat; with more, a search descends from the top. A row
         of no more leaves than the budget has tokens is always scanned flat.
-    field_of_view : int, default 512
-        Nodes of each level that a descent expands; the others are attended through their own
-        summaries. Larger is more faithful and costs scan time in proportion.
+    field_of_view : int, default 640
+        Nodes above the leaves that a descent expands, and half as many of each level further up;
+        the others are attended through their own summaries. Larger is more faithful and costs scan
+        time in proportion.
+    dense_until : int, default 0
+        A context of up to so many tokens is attended in full although it passes the budget: exact,
+        and on a CPU faster too up to some 2,000 tokens (docs/performance.md). With 0 the budget
+        alone decides.
     layer_reuse : int, default 1
         Layers in a row that share the selection of their first; the remainder stays each layer's
         own. 1 lets each layer select. Saves fetches where pages travel, and costs fidelity.
@@ -95,7 +100,8 @@ class IceCacheConfig:
     page_size: int = 16
     fan_out: int = 12
     crossover: int = 16384
-    field_of_view: int = 512
+    field_of_view: int = 640
+    dense_until: int = 0
     layer_reuse: int = 1
     remainder: bool | None = None
     selection: Selection = "tree"
@@ -183,6 +189,11 @@ class IceCacheConfig:
         return self.page_size if self.unit == "page" else self.leaf_size
 
     @property
+    def most_dense_tokens(self) -> int:
+        """Tokens up to which a context is attended in full."""
+        return max(self.budget, self.dense_until)
+
+    @property
     def most_flat_leaves(self) -> int:
         """Leaves up to which a row is scanned flat; one within the budget is attended in full."""
         return max(self.crossover, self.budget)
@@ -227,6 +238,7 @@ _INTEGER_RANGES = (
     ("fan_out", 2, 64),
     ("crossover", 0, 1 << 31),
     ("field_of_view", 1, _SIZE_LIMIT),
+    ("dense_until", 0, 1 << 31),
     ("layer_reuse", 1, 1024),
     ("refine_rounds", 0, 100),
     ("segment_tokens", 2, 1 << 14),

@@ -8,6 +8,8 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "PoolExhausted",
+    "QueueFull",
+    "SnapshotMismatch",
     "UnsupportedModel",
 ]
 
@@ -34,6 +36,10 @@ class BackendUnavailable(IceCacheError, ImportError):
 
 class IntegrityError(IceCacheError, RuntimeError):
     """An internal invariant is broken: a defect of IceCache, please report it."""
+
+
+class SnapshotMismatch(IceCacheError, ValueError):
+    """A snapshot is damaged, or of another model, other settings or another format."""
 
 
 class PoolExhausted(IceCacheError, RuntimeError):
@@ -68,3 +74,17 @@ class HostMemoryExceeded(IceCacheError, MemoryError):
             "shorten the context, close other caches or raise max_host_memory"
         )
         self.needed, self.free = needed, free
+
+
+class QueueFull(IceCacheError, RuntimeError):
+    """Too many requests wait already; nothing was taken.
+
+    Parameters
+    ----------
+    waiting : int
+        Requests that wait.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests wait already; try again later")
+        self.waiting = waiting

@@ -1,6 +1,8 @@
 """The decode benchmark on tiny models: every cache gets the same context and the same tokens."""
 
 import json
+import mmap
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,9 +167,11 @@ def test_peak_memory_is_that_of_the_own_turns() -> None:
     with decode_measure.watched(quiet):
         pass
     with decode_measure.watched(busy):
-        held = torch.ones(32 << 20, dtype=torch.uint8)
+        # mapped anew: what the allocator has left from before is resident already
+        held = mmap.mmap(-1, 32 << 20)
+        held.write(bytes(32 << 20))
         time.sleep(0.2)
-        del held
+        held.close()
     assert 0 < quiet.peak_rss < busy.peak_rss
     assert busy.peak_rss - quiet.peak_rss > 16 << 20
 
@@ -184,7 +188,7 @@ def test_the_command_line_with_every_cache(
     # random weights have random contexts unless asked for
     assert all(row["synthetic"] for row in report["rows"])
     left = {one["cache"]: one for one in report["left_out"]}
-    assert {"offloaded", "kvpress:snapkv"} <= set(left)
+    assert {"offloaded", "kvpress:snapkv", "llama.cpp"} <= set(left)
     assert "runs on the cpu" in left["offloaded"]["reason"]
     assert "transformers < 5.3" in left["kvpress:snapkv"]["reason"]
     assert "pip install kvpress" in left["kvpress:snapkv"]["install"]
@@ -297,7 +301,7 @@ def test_random_weights_are_the_same_on_every_run(tiny: LlamaConfig, subject: Su
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--caches", "dynamo"], "--caches must be of icecache, dynamic"),
+        (["--caches", "dynamo"], "--caches must be of icecache, icecache:compiled, dynamic"),
         (["--caches", "kvpress:other"], "got 'kvpress:other'"),
         (["--model", "smollm3"], "--model must be one of embedded, smollm2-shape"),
         (["--context", "0"], "--context must be from 1 to 16777216, got 0"),
@@ -321,3 +325,72 @@ def test_bad_input_is_one_clear_error(
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_the_compiled_step_takes_part(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = torch.compile
+
+    def compile_plainly(function: Any, **options: Any) -> Any:
+        return make(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_plainly)
+    torch._dynamo.reset()
+    case = make_case(subject, 90, real=True)
+    rows = rows_of(subject, case, "icecache:compiled", "icecache", "dynamic")
+    assert rows["icecache:compiled"]["agreement"] == rows["icecache"]["agreement"]
+    # one graph for both lengths, and every step ran in it
+    rows_of(subject, make_case(subject, 120, real=False), "icecache:compiled")
+    assert decode_caches._compiled_step(subject.model).steps == 2 * 16
+    decode_caches._compiled_step.cache_clear()
+
+
+def test_ratios_are_medians_over_the_rounds() -> None:
+    # a round in which all was four times slower counts like any other
+    full = [4.0] * 8 + [16.0] * 8 + [4.4] * 3
+    ours = [2.0] * 8 + [8.0] * 8 + [2.0] * 3
+    assert decode_measure._ratio(full, ours) == pytest.approx(2.0)
+
+
+def test_llama_cpp_is_filled_and_asked_like_the_others(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        ctx = "context"
+
+        def __init__(self, weights: str, **options: Any) -> None:
+            self.options, self.seen, self._ctx = options, [], self
+
+        def n_ctx(self) -> int:
+            return int(self.options["n_ctx"])
+
+        def n_vocab(self) -> int:
+            return 100
+
+        def eval(self, tokens: list[int]) -> None:
+            self.seen += tokens
+
+        def close(self) -> None:
+            self.seen = []
+
+    class Library:
+        Llama = Engine
+
+        @staticmethod
+        def llama_get_logits_ith(context: str, which: int) -> list[float]:
+            assert (context, which) == ("context", -1)
+            return [0.0] * 7 + [1.0] + [0.0] * 200
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", Library())
+    monkeypatch.setattr(decode_caches, "find_spec", lambda name: name)
+    left = decode_caches.sort_out(["llama.cpp"], subject, {})[1]
+    assert "embedded model only" in left[0]["reason"]
+    player = decode_caches.make_player("llama.cpp", Opening(subject.model, 700, {}, True))
+    player.take(0, torch.zeros(1, 2, 600, 16), torch.zeros(1, 2, 600, 16))
+    player.settle()
+    player.settle()
+    assert player.forward(torch.tensor([[1, 2]])).argmax() == 7
+    assert player._engine.seen == [5] * 600 + [1, 2]
+    assert player._engine.options["n_ctx"] == 700
+    # two layers, keys and values of two heads, sixteen 16-bit numbers each
+    assert player.held_bytes == 700 * 2 * 2 * 2 * 16 * 2
+    player.close()

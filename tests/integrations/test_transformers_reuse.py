@@ -20,14 +20,20 @@ def test_layers_attend_to_their_leaders_selection(
     model = build(family(name))
     ids = torch.randint(3, 128, (2, 60))
     given: list[tuple[IceCacheLayer, torch.Tensor | None]] = []
-    attend = IceCacheLayer.attend
+    attend, step = IceCacheLayer.attend, IceCacheLayer.step
 
     def spy(layer: IceCacheLayer, query: torch.Tensor, **options: Any) -> torch.Tensor:
-        if query.shape[2] == 1:
+        if query.shape[2] == 1 and "positions" in options:
             given.append((layer, options["positions"]))
         return attend(layer, query, **options)
 
+    def spy_on_step(layer: IceCacheLayer, *token: torch.Tensor, **options: Any) -> torch.Tensor:
+        # a step chooses for itself
+        given.append((layer, None))
+        return step(layer, *token, **options)
+
     monkeypatch.setattr(IceCacheLayer, "attend", spy)
+    monkeypatch.setattr(IceCacheLayer, "step", spy_on_step)
     with icecache.attach(model, **SMALL, layer_reuse=reuse) as attachment:
         greedy(model, ids, steps=4)
         managed = attachment.cache.managed

@@ -21,6 +21,7 @@ __all__ = [
     "can_attend",
     "can_attend_spans",
     "search_native",
+    "segment",
 ]
 
 _EVERY_LEAF = 1 << 62
@@ -108,6 +109,17 @@ def _padded(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor | Non
     return positions
 
 
+def segment(span: Span) -> Segment:
+    """Return where a span is, for the compiled ops; valid as long as the span is there."""
+    return Segment(
+        keys=pointer(span.keys),
+        values=pointer(span.values),
+        row_stride=span.keys.shape[2] * span.keys.shape[3],
+        start=span.start.ctypes.data,
+        len=span.lens.ctypes.data,
+    )
+
+
 def _most_fixed(spans: list[Span]) -> int:
     total: np.ndarray = sum((span.lens for span in spans[1:]), spans[0].lens)
     return int(total.max())
@@ -140,13 +152,7 @@ def _call(
     )
     segments = (Segment * len(spans))()
     for i, span in enumerate(spans):
-        segments[i] = Segment(
-            keys=pointer(span.keys),
-            values=pointer(span.values),
-            row_stride=span.keys.shape[2] * dim,
-            start=span.start.ctypes.data,
-            len=span.lens.ctypes.data,
-        )
+        segments[i] = segment(span)
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
     given = _padded(ask, spans, config)
@@ -159,6 +165,7 @@ def _call(
         len(spans),
         pointer(ask.query),
         pointer(sinks),
+        torch.get_num_threads(),
         ctypes.byref(result),
     )
     if failed:

@@ -6,7 +6,8 @@
 A token's position counts from its row's first token, padding left out.
 """
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from icecache.cache.native_insert import TokensInPlace
 from icecache.cache.tail import Tail
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
+from icecache.ops.bounds import check_range
 
 __all__ = ["Context", "Dense"]
 
@@ -103,12 +105,9 @@ class Context:
         inserted, built : int
             Tokens that entered the tree one leaf at a time, and in builds, over all rows.
         """
-        if self.is_torn:
-            raise IntegrityError(
-                "an earlier call was interrupted while it moved tokens; call reset() to start anew"
-            )
+        self._check_whole()
         if self.indexed is None:
-            if max(self.tail.lens) <= self._config.budget:
+            if max(self.tail.lens) <= self._config.most_dense_tokens:
                 return 0, 0
             self._start_index()
         self._fill_sink([max(0, length - keep) for length in self.tail.lens])
@@ -188,6 +187,49 @@ class Context:
             heads = torch.arange(self._num_kv_heads)
             self.indexed.reorder((rows[:, None] * self._num_kv_heads + heads).flatten())
 
+    def fork(self) -> "Context":
+        """Return the same tokens; pages and tree are shared until one of the two writes."""
+        self._check_whole()
+        other = copy.copy(self)
+        other.tail = self.tail.fork()
+        other._sink_keys, other._sink_values = self._sink_keys.clone(), self._sink_values.clone()
+        other._sink_lens = list(self._sink_lens)
+        other.indexed = None if self.indexed is None else self.indexed.fork()
+        return other
+
+    def release(self) -> None:
+        """Let the pages go, before the context itself goes while forks of it stay."""
+        if self.indexed is not None:
+            self.indexed.pages.release()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that is held, by name; views, valid until it changes."""
+        self._check_whole()
+        return {
+            "batch": self.batch_size,
+            "tail": self.tail.state(),
+            "sink": {
+                "keys": self._sink_keys,
+                "values": self._sink_values,
+                "lens": self._sink_lens,
+            },
+            "indexed": None if self.indexed is None else self.indexed.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty context of as many rows."""
+        self.tail.load_state(state["tail"])
+        if state["indexed"] is None:
+            return
+        self._start_index()
+        assert self.indexed is not None
+        self.indexed.load_state(state["indexed"])
+        sink = state["sink"]
+        check_range("sink", np.asarray(sink["lens"]), 0, self._config.sink)
+        self._sink_keys.copy_(sink["keys"])
+        self._sink_values.copy_(sink["values"])
+        self._sink_lens = [int(length) for length in sink["lens"]]
+
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every token is in exactly one place."""
         if self.indexed is None:
@@ -198,6 +240,12 @@ class Context:
             for _ in range(self._num_kv_heads)
         ]
         self.indexed.check_integrity(middles)
+
+    def _check_whole(self) -> None:
+        if self.is_torn:
+            raise IntegrityError(
+                "an earlier call was interrupted while it moved tokens; call reset() to start anew"
+            )
 
     def _indexed_lens(self) -> list[int]:
         if self.indexed is None:

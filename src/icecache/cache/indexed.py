@@ -4,6 +4,9 @@ This is where the tree (which tokens belong together) and the store (where they 
 token is in exactly one leaf, every leaf in one page of its row.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +17,11 @@ from icecache.cache.native_insert import TokensInPlace, insert_native
 from icecache.cache.placer import Placer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
+from icecache.ops.bounds import check_range
 from icecache.ops.dispatch import resolve_backend
 from icecache.ops.native import DTYPES, MAX_DIM
+from icecache.ops.native import Pages as NativePages
+from icecache.ops.native import Tree as NativeTree
 from icecache.store.packing import pack, pack_native
 from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
@@ -82,6 +88,7 @@ class IndexedTokens:
         Each row decides for itself, so that it does not depend on its batch. Returns how many
         tokens joined leaves.
         """
+        self.tree.own()
         starts = torch.tensor(tokens.row_starts(self.leaves.num_rows))
         per_row = starts.diff()
         has_leaves = torch.tensor([have > 0 for have in self.lens])
@@ -109,7 +116,13 @@ class IndexedTokens:
 
     def join_in_place(self, tokens: TokensInPlace) -> None:
         """Insert tokens by the compiled op; `lens` is the caller's concern."""
+        self.tree.own()
         insert_native(tokens, self.tree, self.pool, self.pages, self._config)
+
+    def to_write(self) -> tuple[NativeTree, NativePages]:
+        """Return the addresses for a compiled op that inserts, valid until something grows."""
+        self.tree.own()
+        return self.tree.native(), self.pages.native()
 
     def _join(self, tokens: FlatTokens) -> None:
         if self._native:
@@ -147,6 +160,31 @@ class IndexedTokens:
         self.tree.reorder(rows)
         self.pages.reorder(rows.tolist())
         self.lens = [self.lens[row] for row in rows.tolist()]
+
+    def fork(self) -> "IndexedTokens":
+        """Return the same tokens; pages and tree are shared until one of the two writes."""
+        other = copy.copy(self)
+        other.tree, other.pages, other.lens = self.tree.fork(), self.pages.fork(), list(self.lens)
+        return other
+
+    def state(self) -> dict[str, Any]:
+        """Return all that is held, by name; views, valid until it changes."""
+        held = self.pages.held()
+        return {
+            "lens": self.lens,
+            "pool": self.pool.state(held),
+            "pages": self.pages.state(held),
+            "tree": self.tree.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back; only of the same settings, into empty rows."""
+        self.pool.load_state(state["pool"])
+        self.pages.load_state(state["pages"])
+        self.tree.load_state(state["tree"])
+        page, num_pages = self.leaves.pages().numpy(), self.pages.num_pages[:, None]
+        check_range("page", page - num_pages.clip(1), -(1 << 31), -1)
+        self.lens = [int(length) for length in state["lens"]]
 
     def _build(self, tokens: FlatTokens, per_row: list[int]) -> None:
         config = self._config

@@ -19,7 +19,9 @@ from icecache.cache.check import (
 from icecache.cache.context import Context
 from icecache.cache.decode import SearchResult, attend_one, inspect_step, search_step
 from icecache.cache.estimate import ask_for_memory, estimate_bytes
+from icecache.cache.portable import Portable
 from icecache.cache.stats import Counters, LayerStats, Phase, layer_stats
+from icecache.cache.step import Stepping
 from icecache.config import IceCacheConfig
 from icecache.errors import InputError
 from icecache.ops.dispatch import ops_for, resolve_backend
@@ -27,7 +29,7 @@ from icecache.ops.dispatch import ops_for, resolve_backend
 __all__ = ["IceCacheLayer"]
 
 
-class IceCacheLayer:
+class IceCacheLayer(Stepping, Portable):
     """Key-value cache of one attention layer, attended within a budget.
 
     Keys and values are stored as given (after rotary embedding). While the context is not longer
@@ -79,7 +81,7 @@ class IceCacheLayer:
 
     def __getstate__(self) -> dict[str, object]:
         self._background.wait()
-        return self.__dict__
+        return {**self.__dict__, "_fused": None}
 
     @property
     def _context(self) -> Context | None:

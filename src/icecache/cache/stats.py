@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 from torch import Tensor
 
 from icecache.cache.context import Context
@@ -95,12 +96,12 @@ class Counters:
         self.dense_steps += 1
         self.tokens_attended = float(tokens)
 
-    def count_sparse(self, nodes: int, leaves: int, num_attended: Tensor) -> None:
+    def count_sparse(self, nodes: int, leaves: int, num_attended: Tensor | np.ndarray) -> None:
         """Count a call that selected; num_attended: shape [rows]."""
         self.sparse_steps += 1
         self.nodes_scored += nodes
         self.leaves_scored += leaves
-        self.tokens_attended = float(num_attended.numpy().mean())
+        self.tokens_attended = sum(num_attended.tolist()) / len(num_attended)
 
 
 def layer_stats(

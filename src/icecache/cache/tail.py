@@ -3,9 +3,15 @@
 Rows are aligned at their end; row b's tokens are the last `lens[b]` of the buffer.
 """
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from icecache.errors import SnapshotMismatch
+from icecache.ops.bounds import check_range
 
 __all__ = ["Tail"]
 
@@ -34,6 +40,21 @@ class Tail:
     def dtype(self) -> torch.dtype:
         """Data type of keys and values."""
         return self._keys.dtype
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys' buffer with its spare room."""
+        return self._keys
+
+    @property
+    def end(self) -> int:
+        """Where in the buffer the next token goes."""
+        return self._end
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffer has room for, those that were dropped at its front included."""
+        return self._keys.shape[2]
 
     @property
     def longest(self) -> int:
@@ -73,11 +94,17 @@ class Tail:
         if mask is not None:
             self._append_ragged(keys, values, mask)
             return
-        self._make_room(num_new)
+        self.make_room(num_new)
         self._keys[:, :, self._end : self._end + num_new] = keys
         self._values[:, :, self._end : self._end + num_new] = values
         self._end += num_new
         self.lens = [length + num_new for length in self.lens]
+
+    def advance(self, *, slides: bool) -> None:
+        """Count a token written to `end` of each row; the oldest goes if the tail slides."""
+        self._end += 1
+        if not slides:
+            self.lens = [length + 1 for length in self.lens]
 
     def oldest(self, row: int, num: int) -> tuple[Tensor, Tensor]:
         """Return a batch row's oldest tokens, two of shape [num_kv_heads, num, head_dim]."""
@@ -117,7 +144,34 @@ class Tail:
         self._keys, self._values = self._keys[rows], self._values[rows]
         self.lens = [self.lens[row] for row in rows.tolist()]
 
-    def _make_room(self, num_new: int) -> None:
+    def fork(self) -> "Tail":
+        """Return a tail with copies of the tokens."""
+        other = copy.copy(self)
+        other.lens = list(self.lens)
+        other._move(*self.keys_values(), self._slack)
+        return other
+
+    def state(self) -> dict[str, Any]:
+        """Return what the tail holds, by name; views, valid until it changes."""
+        keys, values = self.keys_values()
+        return {"lens": self.lens, "keys": keys, "values": values}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty tail of as many rows."""
+        keys, values = state["keys"], state["values"]
+        shape = [*self._keys.shape[:2], keys.shape[2], self._keys.shape[3]]
+        for name, part in (("keys", keys), ("values", values)):
+            if list(part.shape) != shape or part.dtype != self.dtype:
+                raise SnapshotMismatch(
+                    f"the snapshot is damaged: {name} of the window must be {self.dtype} of shape "
+                    f"{shape}, got {part.dtype} of {list(part.shape)}"
+                )
+        check_range("lens", np.asarray(state["lens"]), 0, keys.shape[2])
+        self._move(keys, values, self._slack)
+        self.lens = [int(length) for length in state["lens"]]
+
+    def make_room(self, num_new: int) -> None:
+        """Let the buffer have room for so many more tokens behind the last."""
         if self._end + num_new > self._keys.shape[2]:
             keys, values = self.keys_values()
             self._move(keys, values, num_new + max(self._slack, keys.shape[2] // 2))

@@ -9,6 +9,7 @@ from icecache.cli.demo import demo
 from icecache.cli.eval import eval_app
 from icecache.cli.generate import generate
 from icecache.cli.inspect import inspect
+from icecache.cli.serve import serve
 
 __all__ = ["app"]
 
@@ -43,3 +44,4 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.add_typer(eval_app, name="eval")
+app.command()(serve)

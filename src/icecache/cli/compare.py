@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 from icecache.cli.display import Display
 from icecache.cli.report import Comparison, Row
+from icecache.cli.resume import encode_follow_up, save_conversation
 from icecache.cli.session import Run, decode, encode, mean_divergence, prefill, replay
 from icecache.config import IceCacheConfig
 from icecache.integrations.transformers import CacheStats, IceCache, attach, supports
@@ -32,7 +34,9 @@ class Comparer:
         tokenizer: "PreTrainedTokenizerBase",
         config: IceCacheConfig,
         console: Console,
+        save_to: Path | None = None,
     ) -> None:
+        self._save_to = save_to
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._console, self._display = console, Display(console)
 
@@ -56,6 +60,7 @@ class Comparer:
         with attach(self._model, self._config):
             ice_cache = IceCache(self._model, self._config)
             run, seconds = self._run(ICECACHE, ids, ice_cache, max_new_tokens)
+            self._save(ice_cache, run)
             divergence = None if full_run is None else self._divergence(ids, full_run, run)
         row = self._ice_row(run, ids.shape[1], seconds, ice_cache.stats())
         return Comparison(
@@ -64,6 +69,31 @@ class Comparer:
             divergence=divergence,
             settings=dataclasses.asdict(self._config),
         )
+
+    def go_on(self, cache: IceCache, question: str, *, max_new_tokens: int) -> Comparison:
+        """Answer a further question of a conversation that was loaded.
+
+        Raises
+        ------
+        InputError
+            The conversation would not fit in the model's context.
+        """
+        ids = encode_follow_up(self._model, self._tokenizer, cache, question, max_new_tokens)
+        tokens = cache.num_tokens + ids.shape[1]
+        with attach(self._model, cache.settings):
+            run, seconds = self._run(ICECACHE, ids, cache, max_new_tokens)
+            self._save(cache, run)
+        return Comparison(
+            question=question,
+            rows=(self._ice_row(run, tokens, seconds, cache.stats()),),
+            divergence=None,
+            settings=dataclasses.asdict(cache.settings),
+        )
+
+    def _save(self, cache: IceCache, run: Run) -> None:
+        if self._save_to is not None:
+            save_conversation(self._save_to, cache, self._model, run)
+            self._console.print(f"saved: {self._save_to}", style="dim")
 
     def _run(
         self, name: str, ids: torch.Tensor, cache: Cache, max_new_tokens: int

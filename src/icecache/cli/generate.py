@@ -10,8 +10,11 @@ from icecache.cli.compare import Comparer
 from icecache.cli.display import show_comparison
 from icecache.cli.inputs import read_prompt
 from icecache.cli.options import with_config_options
+from icecache.cli.resume import load_conversation
 from icecache.config import IceCacheConfig
-from icecache.integrations.embedded import EMBEDDED, load
+from icecache.errors import InputError
+from icecache.integrations.embedded import EMBEDDED
+from icecache.integrations.embedded import load as load_model
 
 __all__ = ["generate"]
 
@@ -20,8 +23,17 @@ __all__ = ["generate"]
 def generate(
     config: IceCacheConfig,
     *,
-    prompt_file: Annotated[Path, typer.Option(help="The document: a UTF-8 text file.")],
     question: Annotated[str, typer.Option(help="What to ask about it.")],
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="The document: a UTF-8 text file.")
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a saved conversation instead of reading a document."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Save the conversation to this folder after the answer.")
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A folder with a causal language model, or 'embedded'.")
     ] = EMBEDDED,
@@ -34,14 +46,26 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")
     ] = False,
 ) -> None:
-    """Answer a question about a document, attending a fixed number of tokens a step."""
-    document = read_prompt(prompt_file)
-    loaded, tokenizer = load(model, dtype)
+    """Answer a question about a document, or a further one, within a budget of tokens a step."""
+    _check_source(prompt_file, load, compare)
+    document = None if prompt_file is None else read_prompt(prompt_file)
+    loaded, tokenizer = load_model(model, dtype)
     console = Console(stderr=json)
-    result = Comparer(loaded, tokenizer, config, console).ask(
-        document, question, max_new_tokens=max_new_tokens, with_full=compare
-    )
+    comparer = Comparer(loaded, tokenizer, config, console, save_to=save)
+    if document is not None:
+        result = comparer.ask(document, question, max_new_tokens=max_new_tokens, with_full=compare)
+    else:
+        assert load is not None
+        cache = load_conversation(load, loaded, config)
+        result = comparer.go_on(cache, question, max_new_tokens=max_new_tokens)
     if json:
         typer.echo(result.to_json())
     else:
         show_comparison(console, result)
+
+
+def _check_source(prompt_file: Path | None, load: Path | None, compare: bool) -> None:
+    if (prompt_file is None) == (load is None):
+        raise InputError("give either --prompt-file or --load")
+    if load is not None and compare:
+        raise InputError("--compare needs the whole prompt: give --prompt-file instead of --load")

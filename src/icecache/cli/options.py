@@ -17,10 +17,15 @@ _PANEL = "IceCache settings"
 
 
 def with_config_options(command: Command) -> Command:
-    """Give a command, whose first parameter is `config`, one flag per field of the config."""
-    flags = [_flag(field) for field in dataclasses.fields(IceCacheConfig)]
-    names = [flag.name for flag in flags]
+    """Give a command, whose first parameter is `config`, one flag per field of the config.
+
+    A field that the command has a parameter for is the command's own concern.
+    """
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    taken = {parameter.name for parameter in own}
+    fields = [field for field in dataclasses.fields(IceCacheConfig) if field.name not in taken]
+    flags = [_flag(field) for field in fields]
+    names = [flag.name for flag in flags]
 
     def run(**values: Any) -> None:
         settings = {name: values.pop(name) for name in names}

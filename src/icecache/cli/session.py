@@ -17,7 +17,17 @@ from icecache.errors import InputError
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PREFILL_CHUNK", "Run", "decode", "encode", "mean_divergence", "prefill", "replay"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "Run",
+    "check_length",
+    "decode",
+    "encode",
+    "end_ids",
+    "mean_divergence",
+    "prefill",
+    "replay",
+]
 
 PREFILL_CHUNK = 2048
 _PROMPT = (
@@ -70,13 +80,18 @@ def encode(
     ids: torch.Tensor = tokenizer(
         text, return_tensors="pt", add_special_tokens=special, verbose=False
     )["input_ids"]
+    check_length(model, ids.shape[1], max_new_tokens)
+    return ids
+
+
+def check_length(model: "PreTrainedModel", tokens: int, max_new_tokens: int) -> None:
+    """Raise `InputError` if prompt and answer do not fit in the model's context."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+    if limit is not None and tokens + max_new_tokens > limit:
         raise InputError(
-            f"the prompt has {ids.shape[1]:,} tokens, with {max_new_tokens} new ones more than "
+            f"the prompt has {tokens:,} tokens, with {max_new_tokens} new ones more than "
             f"the model's context of {limit:,}"
         )
-    return ids
 
 
 @torch.inference_mode()
@@ -111,7 +126,7 @@ def decode(
     on_text: Callable[[str], None],
 ) -> Run:
     """Answer greedily from the prefill's last logits; `on_text` gets each finished piece."""
-    ends = _end_ids(model)
+    ends = end_ids(model)
     streamer = _Pieces(tokenizer, on_text)
     token_ids: list[int] = []
     log_probs: list[torch.Tensor] = []
@@ -172,7 +187,8 @@ def _step(model: "PreTrainedModel", token: int, cache: "Cache") -> torch.Tensor:
     return logits
 
 
-def _end_ids(model: "PreTrainedModel") -> set[int]:
+def end_ids(model: "PreTrainedModel") -> set[int]:
+    """Return the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return set()

@@ -9,17 +9,22 @@ Lists by free slots find the fullest page with room without looking at the other
 the compiled insert reads and writes them too. A page keeps its number as long as the row holds it.
 """
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from icecache.errors import IntegrityError
+from icecache.ops.bounds import check_range
 from icecache.ops.native import Pages
 from icecache.store.pool import PagePool
 
 __all__ = ["PageTable"]
 
 _NONE = -1
+_PER_PAGE = ("page_of", "free", "_before", "_after")
 
 
 class PageTable:
@@ -128,16 +133,62 @@ class PageTable:
 
     def reorder(self, rows: list[int]) -> None:
         """Take rows in a new order; repeated rows share their pages, dropped ones let go."""
-        times = np.bincount(rows, minlength=self.num_pages.size)
+        times = np.bincount(np.asarray(rows, dtype=np.int64), minlength=self.num_pages.size)
         for row, number in enumerate(times.tolist()):
             pages = self.pages(row)
             for _ in range(number - 1):
                 self._pool.share(pages)
             if number == 0:
                 self._pool.release(pages)
-        for name in ("num_pages", "page_of", "free", "_before", "_after", "_head"):
+        for name in ("num_pages", *_PER_PAGE, "_head"):
             setattr(self, name, getattr(self, name)[rows])
         self._native = None
+
+    def fork(self) -> "PageTable":
+        """Return a table with the same content; both hold the pages until one of them writes."""
+        other = copy.copy(self)
+        for name in ("num_pages", *_PER_PAGE, "_head"):
+            setattr(other, name, getattr(self, name).copy())
+        other._native = None
+        for row in range(self.num_pages.size):
+            self._pool.share(self.pages(row))
+        self._pool.num_tables += 1
+        return other
+
+    def release(self) -> None:
+        """Let all pages go, before the table itself goes while forks of it stay."""
+        self.reorder([])
+        self._pool.num_tables -= 1
+
+    def held(self) -> list[int]:
+        """Return the pool's pages that some row holds, rising, each once."""
+        in_use = np.arange(self.page_of.shape[1])[None] < self.num_pages[:, None]
+        held: list[int] = np.unique(self.page_of[in_use]).tolist()
+        return held
+
+    def state(self, held: list[int]) -> dict[str, Any]:
+        """Return what the table holds, by name; the pool's pages numbered as in `held`."""
+        most = int(self.num_pages.max(initial=0))
+        arrays = {name.strip("_"): getattr(self, name)[:, :most] for name in _PER_PAGE}
+        # beyond a row's last page anything may stand
+        arrays["page_of"] = np.searchsorted(held, arrays["page_of"]).astype(np.int32)
+        return {"num_pages": self.num_pages, "head": self._head, **arrays}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty table, whose pool has been loaded."""
+        num_pages = state["num_pages"].numpy()
+        most = int(num_pages.max(initial=0))
+        check_range("num_pages", num_pages, 0, most)
+        check_range("free", state["free"], 0, self._pool.page_size)
+        for name in ("head", "before", "after"):
+            check_range(name, state[name], _NONE, most - 1)
+        self._reserve(most)
+        for name in _PER_PAGE:
+            getattr(self, name)[:, :most] = state[name.strip("_")].numpy()
+        self._head[:] = state["head"].numpy()
+        self.num_pages[:] = num_pages
+        for row in range(num_pages.size):
+            self._pool.claim_pages(self.page_of[row, : num_pages[row]])
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the lists hold each page once, by its free slots."""
@@ -173,7 +224,7 @@ class PageTable:
         if capacity <= have:
             return
         grown = max(capacity, have * 3 // 2, 64)
-        for name in ("page_of", "free", "_before", "_after"):
+        for name in _PER_PAGE:
             old = getattr(self, name)
             new = np.zeros((old.shape[0], grown), dtype=old.dtype)
             new[:, :have] = old

@@ -10,12 +10,14 @@ lie side by side, so that a page moves in one piece.
 """
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icecache.errors import IntegrityError
+from icecache.ops.bounds import check_range
 
 __all__ = ["PagePool"]
 
@@ -38,6 +40,7 @@ class PagePool:
         self._positions = np.empty((0, page_size), dtype=np.int32)
         self._holders = np.empty(0, dtype=np.int32)
         self._free: deque[int] = deque()
+        self.num_tables = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,6 +180,27 @@ class PagePool:
         tokens = np.asarray(pages, dtype=np.int64)[which] * self.page_size + slot
         return torch.from_numpy(tokens[order]), torch.from_numpy(found[order].astype(np.int64))
 
+    def state(self, pages: list[int]) -> dict[str, Any]:
+        """Return what some pages hold, by name; holders are the page tables' concern."""
+        # pages that lie in order are not copied
+        which = slice(len(pages)) if pages == list(range(len(pages))) else pages
+        return {"data": self._data[which], "positions": self._positions[which]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take pages back into an empty pool, numbered from 0, each without a holder yet."""
+        num_pages = int(state["data"].shape[0])
+        positions = state["positions"].numpy()
+        check_range("positions", positions, -1, np.iinfo(np.int32).max)
+        self.reserve(num_pages)
+        self._data[:num_pages] = state["data"]
+        self._positions[:num_pages] = positions
+
+    def claim_pages(self, pages: np.ndarray) -> None:
+        """Add a holder to loaded pages, free ones among them."""
+        check_range("pages", pages, 0, self._holders.shape[0] - 1)
+        np.add.at(self._holders, pages, 1)
+        self._free = deque(np.flatnonzero(self._holders == 0).tolist())
+
     def poison(self) -> None:
         """Fill every free slot with NaN; for tests."""
         free = torch.from_numpy(self._positions < 0)
@@ -188,17 +212,18 @@ class PagePool:
         Parameters
         ----------
         held : list of list of int
-            The pages that each row says it holds.
+            The pages that each row says it holds; of one table, where several share the pool.
         """
         holders = np.zeros_like(self._holders)
         for pages in held:
             if len(set(pages)) != len(pages):
                 raise IntegrityError("a row holds a page twice")
             holders[pages] += 1
-        if not np.array_equal(holders, self._holders):
+        too_few = (self._holders < holders).any()
+        if too_few or (self.num_tables == 1 and (self._holders > holders).any()):
             raise IntegrityError("pages' holders differ from what the rows hold")
         free = sorted(self._free)
-        if free != np.flatnonzero(holders == 0).tolist():
+        if free != np.flatnonzero(self._holders == 0).tolist():
             raise IntegrityError("free pages are not the ones without holders")
         if (self._positions[free] >= 0).any():
             raise IntegrityError("a free page holds tokens")

@@ -11,15 +11,21 @@ first       [row, i]           a node's first child; leaves have none
 Scales and spreads are bfloat16: codes are made with the rounded scale.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icecache.ops.batched import quantize_rows
+from icecache.ops.bounds import check_range
 from icecache.ops.native import Level as NativeLevel
 from icecache.ops.native import pointer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["NONE", "Level", "Summaries"]
 
@@ -64,9 +70,26 @@ class Level:
         arrays = self._arrays.values()
         self.entry_bytes = sum(a.element_size() * a.shape[2:].numel() for a in arrays)
         self._native: NativeLevel | None = None
+        self._is_shared = False
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_native": None}
+
+    def fork(self) -> "Self":
+        """Return a level with the same content; the arrays are shared until one of them writes."""
+        other = copy.copy(self)
+        other.num = self.num.copy()
+        other._native = None
+        self._is_shared = other._is_shared = True
+        return other
+
+    def own(self) -> None:
+        """Take a copy of arrays that forks share; every change of a shared level begins here."""
+        if self._is_shared:
+            arrays, longest = self._allocate(self.capacity), self.longest
+            for name, array in self._arrays.items():
+                arrays[name][:, :longest] = array[:, :longest]
+            self._arrays, self._native, self._is_shared = arrays, None, False
 
     @property
     def num_rows(self) -> int:
@@ -165,6 +188,23 @@ class Level:
             if name == "key":
                 spread = spread + scale.float().square() * (self.head_dim / 12)
         self._arrays["spread"][row, at] = spread.bfloat16()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the level holds, by name; views, valid until it changes."""
+        arrays = {name: array[:, : self.longest] for name, array in self._arrays.items()}
+        return {"num": self.num, **arrays}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty level of as many rows."""
+        num = state["num"].numpy()
+        longest = int(num.max(initial=0))
+        check_range("num", num, 0, longest)
+        check_range("next", state["next"], NONE, longest - 1)
+        check_range("count", state["count"], 0, np.iinfo(np.int32).max)
+        self.reserve(longest)
+        for name, array in self._arrays.items():
+            array[:, :longest] = state[name]
+        self.num[:] = num
 
     def set_counts(self, row: Tensor, at: Tensor, count: Tensor) -> None:
         """Store the tokens below."""

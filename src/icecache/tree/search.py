@@ -6,8 +6,9 @@ keys spread evenly in all directions. Close keys lie along few directions, so th
 large for most queries; it is capped, and the remainder takes only a part of it (docs/design.md).
 
 A row of few leaves is scanned flat. A longer one is searched from the top of its tree: the nodes
-of a level are scored in the same way, the best `field_of_view` are expanded, and the others stay
-as they are: the far field, attended through the nodes' own summaries.
+of a level are scored in the same way, the best are expanded (`field_of_view` of the nodes above
+the leaves, half as many of a level further up), and the others stay as they are: the far field,
+attended through the nodes' own summaries.
 """
 
 import math
@@ -143,12 +144,13 @@ class TreeIndex(NamedTuple):
         self, row: int, query: Tensor, beside: Tensor, scaling: float, softcap: float | None
     ) -> tuple[list[int], list[_Scored], int]:
         """Return the leaves below the best nodes, the other nodes, and how many were scored."""
-        levels, field = self.tree.levels, self.config.field_of_view
+        levels = self.tree.levels
         far: list[_Scored] = []
         nodes_scored, top = 0, self.tree.top(row)
         frontier = list(range(int(levels[top].num[row])))
         for level in range(top, 0, -1):
             expanded = frontier
+            field = self.config.field_of_view if level == 1 else -(-self.config.field_of_view // 2)
             if len(frontier) > field:
                 nodes = self._score(level, row, frontier, query, scaling, softcap)
                 nodes_scored += len(frontier)

@@ -5,12 +5,15 @@ slots   [row, leaf, byte]   their slots in that page, a bit each
 centre  [row, dim]          what key means are counted from, about the mean of the row's first keys
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from icecache.errors import IntegrityError
+from icecache.errors import IntegrityError, SnapshotMismatch
 from icecache.ops.batched import summarize
+from icecache.ops.bounds import check_range
 from icecache.tree.level import Level
 
 __all__ = ["LeafTable"]
@@ -114,6 +117,29 @@ class LeafTable(Level):
         """Take rows, repeated or dropped, in a new order."""
         super().reorder(rows)
         self.centre = self.centre[rows]
+
+    def own(self) -> None:
+        """Take a copy of arrays that forks share; every change of a shared table begins here."""
+        if self._is_shared:
+            self.centre = self.centre.clone()
+        super().own()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the table holds, by name; views, valid until it changes."""
+        return {**super().state(), "centre": self.centre}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty table of as many rows."""
+        centre = state["centre"]
+        if centre.shape != self.centre.shape or not bool(centre.isfinite().all()):
+            raise SnapshotMismatch(
+                f"the snapshot is damaged: centre must be finite and of shape "
+                f"{list(self.centre.shape)}, got {list(centre.shape)}"
+            )
+        check_range("count", state["count"], 0, self.leaf_size)
+        check_range("page", state["page"], 0, np.iinfo(np.int32).max)
+        super().load_state(state)
+        self.centre.copy_(centre)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless counts, slots and leaf numbers agree."""

@@ -5,13 +5,17 @@ Level 0 holds the leaves. A row has as many further levels as it takes for its t
 always from all of them, so that nothing drifts while leaves take tokens and are cut.
 """
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.errors import IntegrityError
+from icecache.errors import IntegrityError, SnapshotMismatch
 from icecache.ops.batched import merge_summaries
+from icecache.ops.bounds import check_range
 from icecache.ops.dispatch import resolve_backend
 from icecache.ops.native import MAX_DIM, MOST_LEVELS, pointer
 from icecache.ops.native import Tree as NativeTree
@@ -138,6 +142,35 @@ class Tree:
         for level in self.levels:
             level.reorder(rows)
         self._native = None
+
+    def fork(self) -> "Tree":
+        """Return a tree with the same content; levels are shared until one of the two writes."""
+        other = copy.copy(self)
+        other.leaves = self.leaves.fork()
+        other.levels = [other.leaves, *(level.fork() for level in self.levels[1:])]
+        other._native = None
+        return other
+
+    def own(self) -> None:
+        """Take copies of what forks share; every change of a shared tree begins here."""
+        for level in self.levels:
+            level.own()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the tree holds, by name; views, valid until it changes."""
+        return {f"level {i}": level.state() for i, level in enumerate(self.levels)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back into an empty tree of as many rows."""
+        if len(state) > MOST_LEVELS:
+            raise SnapshotMismatch(f"the snapshot is damaged: a tree of {len(state)} levels")
+        for _ in range(1, len(state)):
+            self.levels.append(Level(self.num_rows, self.leaves.head_dim))
+        for i, level in enumerate(self.levels):
+            level.load_state(state[f"level {i}"])
+            if i:
+                below = self.levels[i - 1].longest
+                check_range("first", state[f"level {i}"]["first"], NONE, below - 1)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the levels hold each leaf and node exactly once."""

@@ -9,11 +9,15 @@ from icecache.config import IceCacheConfig
 from icecache.errors import InputError, UnsupportedModel
 from icecache.integrations.transformers.attention import NAME, register
 from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
+from icecache.integrations.transformers.compiled import CompiledStep
+from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "attention_of", "restore_attention", "set_attention"]
 
 _HOOK = "_prepare_cache_for_generation"
+# what generate asks for the call that decodes: whether to compile it, and the call
+_MAY_COMPILE, _CALL = "_valid_auto_compile_criteria", "get_compiled_call"
 
 
 class Attachment:
@@ -27,30 +31,40 @@ class Attachment:
         Of every cache that ``model.generate(...)`` makes.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: IceCacheConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None = False
+    ) -> None:
         self.model = model
         self.settings = settings
         self.cache: IceCache | None = None
-        self._implementations = _implementations(model)
+        self.decode: CompiledStep | PacedStep | None = None
+        if compile is not False:
+            self.decode = CompiledStep(model) if compile else PacedStep(model)
+        self._implementations = attention_of(model)
         self._is_attached = True
         register()
         try:
-            _set_attention(model)
+            set_attention(model, NAME)
         except ValueError:
-            self._restore_attention()
+            restore_attention(self._implementations)
             raise
-        self._before = vars(model).get(_HOOK)
+        hooks: dict[str, Any] = {_HOOK: self._prepare_cache}
+        if self.decode is not None:
+            hooks |= {_MAY_COMPILE: self._may_compile, _CALL: self._decode_call}
         self._prepare = getattr(model, _HOOK)
+        self._before = {name: vars(model).get(name) for name in hooks}
         # on this one instance: its class and every other model stay as they are
-        setattr(model, _HOOK, self._prepare_cache)
+        for name, hook in hooks.items():
+            setattr(model, name, hook)
 
     def detach(self) -> None:
         """Put the model back as it was; calling it again changes nothing. Caches stay readable."""
         if self._is_attached:
-            delattr(self.model, _HOOK)
-            if self._before is not None:
-                setattr(self.model, _HOOK, self._before)
-            self._restore_attention()
+            for name, before in self._before.items():
+                delattr(self.model, name)
+                if before is not None:
+                    setattr(self.model, name, before)
+            restore_attention(self._implementations)
             self._is_attached = False
 
     def __enter__(self) -> "Attachment":
@@ -96,13 +110,27 @@ class Attachment:
             )
         self.cache = cache
 
-    def _restore_attention(self) -> None:
-        for config, implementation in self._implementations:
-            config._attn_implementation_internal = implementation
+    @property
+    def compiled_steps(self) -> int:
+        """Forwards of ``generate`` that ran compiled."""
+        return 0 if self.decode is None else self.decode.steps
+
+    def _may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        # what cannot be compiled, the call below runs as it is
+        return not generation_config.disable_compile
+
+    def _decode_call(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.decode is not None
+        self.decode.renew()
+        return self.decode
 
 
 def attach(
-    model: PreTrainedModel, settings: IceCacheConfig | None = None, **config: Any
+    model: PreTrainedModel,
+    settings: IceCacheConfig | None = None,
+    *,
+    compile: bool | None = None,
+    **config: Any,
 ) -> Attachment:
     """Let ``model.generate(...)``, and pipelines around the model, run with IceCache.
 
@@ -112,6 +140,11 @@ def attach(
         A causal decoder; see `icecache.supports`.
     settings : IceCacheConfig, optional
         All settings at once.
+    compile : bool, optional
+        Run the decode steps of ``generate`` through `torch.compile`, as one graph. By default that
+        begins after some thousand steps, because making the graph takes a minute, and goes on if
+        the steps are faster for it. True begins at once, False never does. The graph holds copies
+        of the weights.
     **config
         Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
 
@@ -126,7 +159,9 @@ def attach(
     ConfigError
         On an unknown setting or a value outside its rule.
     UnsupportedModel
-        If the model cannot run with IceCache; it is left as it was.
+        If the model cannot run with IceCache, or not compiled; it is left as it was.
+    BackendUnavailable
+        If it is to be compiled and there is no C++ compiler.
 
     Examples
     --------
@@ -145,7 +180,7 @@ def attach(
             "set it to False first"
         )
     warn_if_nothing_managed(report)
-    return Attachment(model, settings)
+    return Attachment(model, settings, compile)
 
 
 def _check_prompt(model_kwargs: dict[str, Any]) -> None:
@@ -155,20 +190,28 @@ def _check_prompt(model_kwargs: dict[str, Any]) -> None:
         raise InputError("every prompt must hold at least one token, got an empty one")
 
 
-def _set_attention(model: PreTrainedModel) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let a model's decoder run a registered attention; `UnsupportedModel` if it refuses."""
     decoder = decoder_config(model.config)
     names = [key for key in model.config.sub_configs if getattr(model.config, key) is decoder]
     # encoders beside the decoder keep their own attention
-    requested: str | dict[str, str] = {"": NAME, names[0]: NAME} if names else NAME
+    requested: str | dict[str, str] = {"": name, names[0]: name} if names else name
     model.set_attn_implementation(requested)
-    if decoder._attn_implementation != NAME:
+    if decoder._attn_implementation != name:
         raise UnsupportedModel(
-            f"{type(model).__name__} refused the attention implementation {NAME!r}; "
+            f"{type(model).__name__} refused the attention implementation {name!r}; "
             "run this model without IceCache"
         )
 
 
-def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+def restore_attention(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Let all parts of a model run again what `attention_of` said."""
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+def attention_of(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Return the attention implementation of each part of a model."""
     found: dict[int, PreTrainedConfig] = {}
     waiting = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while waiting:

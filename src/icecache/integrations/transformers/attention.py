@@ -19,6 +19,8 @@ __all__ = ["NAME", "Handoff", "hand_over", "icecache_attention", "icecache_mask"
 
 # without "sdpa", "flash" or "flex_attention" in it: transformers matches those as substrings
 NAME = "icecache"
+# the keyword that a compiled step passes through the model to its attention
+STEP = "icecache_step"
 _ATTRIBUTE = "_icecache_handoff"
 _SELECTING = ("indices", "block_indices", "sinks")
 
@@ -90,6 +92,10 @@ def icecache_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend through the cache layer that hangs on `key`, or plainly where none does."""
+    step = kwargs.get(STEP)
+    if step is not None:
+        factor = query.shape[3] ** -0.5 if scaling is None else scaling
+        return step(query, key, value, module.layer_idx, factor, softcap, s_aux), None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     handoff: Handoff | None = getattr(key, _ATTRIBUTE, None)
     try:
@@ -118,8 +124,9 @@ def icecache_attention(
                 "IceCache cannot follow; run this model without IceCache"
             )
         new = handoff.forward.new_tokens(attention_mask)
-        handoff.layer.take(key, value, new)
-        output = handoff.layer.attend(query, scaling=scaling, softcap=softcap, sink_logits=s_aux)
+        output = handoff.layer.take_and_attend(
+            query, key, value, new, scaling=scaling, softcap=softcap, sink_logits=s_aux
+        )
     except IceCacheError:
         if handoff is not None:
             handoff.forward.undo()

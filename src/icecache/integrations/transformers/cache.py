@@ -1,6 +1,8 @@
 """`IceCache`, the cache of a whole model for transformers."""
 
+import os
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -17,11 +19,19 @@ from icecache.errors import IceCacheError, InputError
 from icecache.integrations.transformers.attention import Handoff, hand_over, register
 from icecache.integrations.transformers.forward import ForwardPass
 from icecache.integrations.transformers.layer import ManagedLayer
+from icecache.integrations.transformers.saving import (
+    load_into,
+    open_snapshot,
+    save_cache,
+    settings_of,
+)
 from icecache.integrations.transformers.stats import CacheStats
 from icecache.integrations.transformers.support import SupportReport, decoder_config, supports
 from icecache.integrations.transformers.threads import Threads
 
 __all__ = ["IceCache"]
+
+_STEPS_BETWEEN_BUILDS = 2
 
 
 class IceCache(Cache):
@@ -54,6 +64,8 @@ class IceCache(Cache):
     ...     model.generate(**inputs, past_key_values=cache)
     """
 
+    _model: weakref.ref[PreTrainedModel] | None
+
     def __init__(
         self,
         model_or_config: PreTrainedModel | PreTrainedConfig,
@@ -66,12 +78,15 @@ class IceCache(Cache):
         warn_if_nothing_managed(report)
         register()
         self._open(getattr(model_or_config, "config", model_or_config), settings)
+        if isinstance(model_or_config, PreTrainedModel):
+            self._model = weakref.ref(model_or_config)
 
     @classmethod
     def for_attached(cls, model: PreTrainedModel, settings: IceCacheConfig) -> "IceCache":
         """Return a cache for a model that `attach` has checked already."""
         cache = cls.__new__(cls)
         cache._open(model.config, settings)
+        cache._model = weakref.ref(model)
         return cache
 
     def _open(self, config: PreTrainedConfig, settings: IceCacheConfig) -> None:
@@ -80,6 +95,18 @@ class IceCache(Cache):
         self.settings = settings
         self._forward = ForwardPass(self.layers)
         self._is_closed = False
+        self._model = None
+        self.about: dict[str, Any] = {}
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that the cache was made for, if it still exists."""
+        return None if self._model is None else self._model()
+
+    @property
+    def forward_pass(self) -> ForwardPass:
+        """What is known of the running forward."""
+        return self._forward
 
     def update(
         self,
@@ -98,15 +125,41 @@ class IceCache(Cache):
                 "this IceCache was made for; make one for this model"
             )
         self._forward.enter(layer_idx, key_states)
+        layer = self.layers[layer_idx]
+        managed = layer if isinstance(layer, ManagedLayer) else None
+        # what transformers does beside that is for layers that move between devices
+        update = super().update if managed is None else managed.update
         try:
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = update(key_states, value_states, layer_idx, *args, **kwargs)
         except IceCacheError:
             self._forward.undo()
             raise
-        layer = self.layers[layer_idx]
-        managed = layer if isinstance(layer, ManagedLayer) else None
         hand_over(keys, Handoff(managed, values, self._forward))
         return keys, values
+
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer_idx: int,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Take one token of each row into a managed layer and attend it, for compiled steps.
+
+        Shapes as in `IceCacheLayer.step`; the forward is undone by who runs it.
+        """
+        self.update(keys, values, layer_idx)
+        layer: ManagedLayer = self.layers[layer_idx]
+        return layer.take_and_attend(
+            query, keys, values, None, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+        )
+
+    def undo(self) -> None:
+        """Take back a forward that failed."""
+        self._forward.undo()
 
     @property
     def managed(self) -> dict[int, ManagedLayer]:
@@ -160,6 +213,57 @@ class IceCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self._forward.batch_size is not None:
             self._rows_changed(torch.arange(self._forward.batch_size).repeat_interleave(repeats))
+
+    def save(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
+        """Write all that the cache holds to a folder, to go on later with `load`.
+
+        Parameters
+        ----------
+        path : path
+            A folder of its own; an older snapshot there stays whole until the new one is.
+        about : dict, optional
+            What JSON can hold, such as the conversation's text; `load` gives it back as `about`.
+
+        Raises
+        ------
+        InputError
+            If the cache was made from a config alone, or the folder holds other things.
+        UnsupportedModel
+            If layers left to the model hold more than keys and values.
+        OSError
+            If it cannot be written; an older snapshot is as it was.
+        """
+        save_cache(self, path, self.about if about is None else about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        settings: IceCacheConfig | None = None,
+    ) -> "IceCache":
+        """Return a cache that `save` has written, to be used with the same model.
+
+        Parameters
+        ----------
+        path : path
+            The folder.
+        model : PreTrainedModel
+            With the same weights, in the same dtype.
+        settings : IceCacheConfig, optional
+            Those that the snapshot must have; by default they come from it.
+
+        Raises
+        ------
+        SnapshotMismatch
+            If the snapshot is of another model, other settings or another format, or truncated
+            or altered. Nothing in it is executed.
+        """
+        snapshot = open_snapshot(path, model)
+        cache = cls(model, settings_of(snapshot, settings))
+        load_into(cache, snapshot)
+        cache.about = snapshot.about["about"]
+        return cache
 
     def reset(self) -> None:
         """Forget the conversation; settings stay."""
@@ -234,7 +338,20 @@ def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             continue
         is_leader = managed % settings.layer_reuse == 0
-        layers.append(ManagedLayer(settings, threads, None if is_leader else leader))
+        own = _staggered(settings, managed)
+        layers.append(ManagedLayer(own, threads, None if is_leader else leader))
         leader = layers[-1] if is_leader else leader
         managed += 1
     return layers
+
+
+def _staggered(settings: IceCacheConfig, number: int) -> IceCacheConfig:
+    """Return settings under which no two layers leave the dense phase in the same decode step.
+
+    The first step of a long context builds a tree: that of one layer is hardly noticed.
+    """
+    if settings.dense_until <= settings.budget:
+        return settings
+    # with shared selections a leader and its followers become sparse together
+    place = number // settings.layer_reuse
+    return settings.replace(dense_until=settings.dense_until + _STEPS_BETWEEN_BUILDS * place)

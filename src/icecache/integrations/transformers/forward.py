@@ -40,7 +40,9 @@ class ForwardPass:
 
     def enter(self, layer_index: int, keys: torch.Tensor) -> None:
         """Check one update before anything changes; `InputError` leaves the cache as it was."""
-        if any(layer.is_pending for layer in self._managed):
+        last = self._last
+        # layers come one after the other: only the latest can still be waiting
+        if last < len(self._layers) and getattr(self._layers[last], "is_pending", False):
             self.undo()
             raise InputError(
                 "the layer before was never attended by IceCache: the model runs another attention "
@@ -87,6 +89,17 @@ class ForwardPass:
         self._last = len(self._layers)
         self._past = self._tokens = 0
         self._broken = self.batch_size = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what outlives a forward, by name."""
+        self.settle()
+        return {"batch_size": self.batch_size, "padding": self.padding.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take that back, before the first forward."""
+        self.batch_size = state["batch_size"]
+        self.padding.load_state(state["padding"])
+        self._past = max((layer.num_columns for layer in self._managed), default=0)
 
     def _begin(self, keys: torch.Tensor) -> None:
         if self._broken is not None:

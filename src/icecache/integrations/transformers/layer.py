@@ -1,5 +1,7 @@
 """One managed attention layer as transformers' caches see it."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -60,12 +62,16 @@ class ManagedLayer(CacheLayerMixin):
                 f"keys of shape {list(key_states.shape)} and values of {list(value_states.shape)} "
                 "differ, and IceCache stores them side by side; run this model without IceCache"
             )
+        _, heads, _, dim = key_states.shape
+        self._make(heads, dim, key_states.dtype, key_states.device)
+
+    def _make(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.core = IceCacheLayer(
             self.settings,
-            num_kv_heads=key_states.shape[1],
-            head_dim=key_states.shape[3],
-            dtype=key_states.dtype,
-            device=key_states.device,
+            num_kv_heads=heads,
+            head_dim=dim,
+            dtype=dtype,
+            device=device,
             executor=self._threads.executor() if self.settings.overlap else None,
         )
         self.is_initialized = True
@@ -89,6 +95,31 @@ class ManagedLayer(CacheLayerMixin):
         # the build begins when these tokens have been attended, not before
         self.core.append(keys.detach(), values.detach(), mask)
         self.num_columns += keys.shape[2]
+
+    def take_and_attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`take`, then `attend`; of one token as one step of the core layer."""
+        is_step = self.is_pending and mask is None and keys.shape[2] == query.shape[2] == 1
+        wants_gradients = torch.is_grad_enabled() and query.requires_grad
+        if is_step and not wants_gradients and self._given() is None:
+            assert self.core is not None
+            self.is_pending = False
+            output = self.core.step(
+                query, keys, values, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+            )
+            self.num_columns += 1
+            return output
+        self.take(keys, values, mask)
+        return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
 
     def attend(
         self,
@@ -152,6 +183,28 @@ class ManagedLayer(CacheLayerMixin):
         if self.core is not None and self.num_columns:
             rows = torch.arange(self.core.batch_size)
             self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the layer holds, by name; views, valid until it changes."""
+        core = self.core
+        if core is None or not self.num_columns:
+            return {"num_columns": 0}
+        shape = {"num_kv_heads": core.num_kv_heads, "head_dim": core.head_dim}
+        dtype = str(core.dtype).removeprefix("torch.")
+        return {"num_columns": self.num_columns, **shape, "dtype": dtype, "core": core.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a state back, into a new layer."""
+        if state["num_columns"]:
+            self._make(
+                state["num_kv_heads"],
+                state["head_dim"],
+                getattr(torch, state["dtype"]),
+                torch.device("cpu"),
+            )
+            assert self.core is not None
+            self.core.load_state(state["core"])
+            self.num_columns = int(state["num_columns"])
 
     def reset(self) -> None:
         """Forget all tokens."""

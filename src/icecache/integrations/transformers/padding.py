@@ -1,5 +1,7 @@
 """Which columns of a conversation are padding, and which tokens of a forward are real."""
 
+from typing import Any
+
 import torch
 
 from icecache.errors import InputError
@@ -62,6 +64,16 @@ class Padding:
         self.commit()
         if self._columns is not None:
             self._columns = self._columns.index_select(0, rows.to(self._columns.device))
+
+    def state(self) -> dict[str, Any]:
+        """Return the record, by name."""
+        self.commit()
+        return {"columns": self._columns}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take a record back."""
+        self.clear()
+        self._columns = state["columns"]
 
     def clear(self) -> None:
         """Forget everything."""

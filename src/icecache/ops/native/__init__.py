@@ -21,6 +21,7 @@ __all__ = [
     "MOST_LEVELS",
     "Answer",
     "Build",
+    "Decode",
     "Level",
     "Pages",
     "Result",
@@ -28,12 +29,13 @@ __all__ = [
     "Shape",
     "Tokens",
     "Tree",
+    "View",
     "load",
     "pointer",
 ]
 
 MAX_HEADS = 256
-_VERSION = 5
+_VERSION = 6
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -124,6 +126,29 @@ class Segment(ctypes.Structure):
     ]
 
 
+class View(ctypes.Structure):
+    """`View` of decode.h."""
+
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64)]
+
+
+class Decode(ctypes.Structure):
+    """`Decode` of decode.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("tree", c_void_p),
+        ("pages", c_void_p),
+        ("segments", Segment * 2),
+        *((name, c_int64) for name in ("num_segments", "kv_heads", "threads", "end")),
+        *((name, View) for name in ("query", "key", "value")),
+        ("sink_logits", c_void_p),
+        ("leaving", Tokens),
+        *((name, c_void_p) for name in ("offset", "wide", "out")),
+        ("result", Result),
+    ]
+
+
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
     """Return the library; `BackendUnavailable` where it was not built."""
@@ -145,6 +170,7 @@ def load() -> ctypes.CDLL:
         c_int64,
         c_void_p,
         c_void_p,
+        c_int64,
         POINTER(Result),
     ]
     library.icecache_sparse_step.restype = c_int
@@ -158,6 +184,8 @@ def load() -> ctypes.CDLL:
         POINTER(Answer),
     ]
     library.icecache_insert.restype = c_int64
+    library.icecache_decode.argtypes = [POINTER(Decode), POINTER(c_int64), POINTER(Answer)]
+    library.icecache_decode.restype = c_int
     library.icecache_group.argtypes = [
         c_void_p,
         c_int64,
@@ -180,8 +208,8 @@ def load() -> ctypes.CDLL:
 
 def _check_layout(library: ctypes.CDLL) -> None:
     expected = _VERSION
-    for structure in (Shape, Level, Tree, Pages, Segment, Result):
-        expected = expected * 1009 + sizeof(structure)
+    for structure in (Shape, Level, Tree, Pages, Segment, Result, Decode):
+        expected = expected * 131 + sizeof(structure)
     try:
         library.icecache_layout.restype = c_int64
         found = library.icecache_layout()

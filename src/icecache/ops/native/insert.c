@@ -8,23 +8,13 @@
 #include <string.h>
 
 #include "grow.h"
+#include "insert.h"
 #include "layer.h"
 #include "pages.h"
 #include "summary.h"
 #include "vector.h"
 
 #define WIDE_TOP 256
-
-enum { INSERTED = 0, NEEDS_PAGE = 1, NEEDS_COPY = 2, NEEDS_ROOM = 3, TOP_IS_WIDE = 4 };
-
-typedef struct {
-    int32_t status, page; /* page: the one to be copied */
-} Answer;
-
-typedef struct {
-    const void *keys, *values;
-    const int64_t *row, *offset, *position; /* [tokens]; offset: element of key and value */
-} Tokens;
 
 /* A leaf that takes a token: its members, the new one last, and where they go. */
 typedef struct {
@@ -222,8 +212,6 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *toke
     return (Answer){t->level[k.top].num[row] > WIDE_TOP ? TOP_IS_WIDE : INSERTED, 0};
 }
 
-/* Insert tokens one after the other until one lacks something. Returns how far it came, or -1
- * without memory; `answer` speaks of the token it stopped at, or of the one that it put in last. */
 EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, const Tokens *tokens,
                                int64_t first, int64_t num_tokens, Answer *answer) {
     int64_t dim = shape->dim, all = MOST_MEMBERS * dim;

@@ -10,16 +10,21 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "dots.h"
 #include "vector.h"
 
 #define SAMPLED 128
 #define NODES_AHEAD 12
 
-/* Dot products of `block` entries with all heads; a few at a time keep the adders busy. */
+/* Dot products of at most DOTS entries with all heads. */
 static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
                              const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
-    _Alignas(64) float mean[4 * MAX_DIM];
+    _Alignas(64) float mean[DOTS * MAX_DIM];
     for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
+    if (block == DOTS && can_dots(dim, heads)) {
+        dots(dim, heads, query, mean, out, stride);
+        return;
+    }
     for (int64_t g = 0; g < heads; g++)
         for (int64_t k = 0; k < block; k++)
             out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
@@ -30,8 +35,8 @@ static inline void dot_entries(int64_t dim, const Level *level, int64_t row, con
                                int64_t stride) {
     const int8_t *codes = level->key_mean + row * level->capacity * dim;
     int64_t i = 0;
-    for (; i + 4 <= num; i += 4)
-        dot_block(dim, 4, query, heads, codes, id + i, out + i, stride);
+    for (; i + DOTS <= num; i += DOTS)
+        dot_block(dim, DOTS, query, heads, codes, id + i, out + i, stride);
     dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
 }
 
@@ -190,7 +195,7 @@ static int64_t append_children(const Shape *s, const Tree *t, int64_t level, int
 /* Score the nodes of a level and expand the best; returns the number of children. */
 static int64_t expand(const Shape *s, const Tree *t, int64_t level, int64_t row,
                       const float *query, const float *log_of, int64_t num, Found *f) {
-    int64_t from = f->num_far, field = s->field_of_view;
+    int64_t from = f->num_far, field = level > 1 ? (s->field_of_view + 1) / 2 : s->field_of_view;
     memset(f->chosen + from, num <= field, (size_t)num);
     if (num <= field) return append_children(s, t, level, row, from, num, f);
     score(s, t, level, row, query, log_of, from, num, f);

@@ -8,24 +8,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "decode.h"
 #include "layer.h"
 #include "search.h"
 #include "vector.h"
 
-typedef struct {
-    const void *keys, *values;  /* a row's tokens are contiguous */
-    int64_t row_stride;         /* elements */
-    const int32_t *start, *len; /* [rows], tokens */
-} Segment;
-
-/* What a step gives. Without `out` it only searches. */
-typedef struct {
-    float *out;             /* [rows, heads, dim] */
-    int32_t *num_attended;  /* [rows] */
-    int32_t *positions;     /* [rows, room], of the selected tokens, -1 behind; may be null */
-    const int32_t *given;   /* the same, of the tokens to attend exactly; null: choose them */
-    int64_t nodes_scored, leaves_scored;
-} Result;
+/* Of all rows: from which on a second thread is worth waking. */
+#define LEAST_ENTRIES 8192
+#define ENTRIES_AHEAD 12
 
 /* Room for the tokens that a row attends exactly. */
 typedef struct {
@@ -65,13 +55,33 @@ static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
     }
 }
 
+static inline const int8_t *value_of(int64_t dim, const Tree *t, int64_t row, const Found *f,
+                                     int64_t entry) {
+    const Level *of = t->level + f->level[entry];
+    return of->value_mean + (row * of->capacity + f->id[entry]) * dim;
+}
+
 static inline void attend_entries(int64_t dim, const Shape *s, const Tree *t, int64_t row,
                                   const Found *f, float *out) {
-    _Alignas(64) float value[MAX_DIM];
-    for (int64_t i = 0; i < f->num; i++) {
-        if (f->chosen[i]) continue;
-        const Level *of = t->level + f->level[i];
-        from_int8(of->value_mean + (row * of->capacity + f->id[i]) * dim, value, dim);
+    _Alignas(64) float value[4 * MAX_DIM];
+    int64_t i = 0;
+    for (; i + 4 <= f->num; i += 4) {
+        for (int64_t k = 0; k < 4; k++) {
+            if (i + k + ENTRIES_AHEAD < f->num)
+                prefetch(value_of(dim, t, row, f, i + k + ENTRIES_AHEAD), dim);
+            from_int8(value_of(dim, t, row, f, i + k), value + k * dim, dim);
+        }
+        for (int64_t g = 0; g < s->heads; g++) {
+            /* 0 where chosen */
+            const float *w = f->logits + g * f->stride + i;
+            float *to = out + g * dim;
+            for (int64_t d = 0; d < dim; d++)
+                to[d] += w[0] * value[d] + w[1] * value[dim + d] + w[2] * value[2 * dim + d] +
+                         w[3] * value[3 * dim + d];
+        }
+    }
+    for (; i < f->num; i++) {
+        from_int8(value_of(dim, t, row, f, i), value, dim);
         for (int64_t g = 0; g < s->heads; g++)
             add_scaled(out + g * dim, f->logits[g * f->stride + i], value, dim);
     }
@@ -171,66 +181,118 @@ CLONES static void attend(const Shape *s, const Tree *t, const Pages *p, const S
     if (s->remainder) BY_DIM(s->dim, attend_entries, s, t, row, f, out)
 }
 
-/* Attend one query token per head; without a tree, to the segments alone. Returns 0, or -1 when
- * there is no memory for scratch. */
+/* What one thread works in. */
+typedef struct {
+    Exact exact;
+    Found found;
+    char *memory;
+} Room;
+
+static int make_room(const Shape *s, int64_t stride, int64_t most_fixed, Room *room) {
+    int64_t most = s->room > 0 ? s->room : 0, found_bytes = icecache_found_bytes(stride, s->heads);
+    Exact *e = &room->exact;
+    *room = (Room){.exact = {.stride = most_fixed + most}};
+    room->memory = malloc((size_t)(found_bytes + most * (int64_t)sizeof(int64_t) +
+                                   s->heads * (e->stride + 1) * (int64_t)sizeof(float)));
+    if (!room->memory) return 0;
+    icecache_lay_out(&room->found, room->memory, stride, s->heads);
+    e->token = (int64_t *)(room->memory + found_bytes);
+    e->logits = (float *)(e->token + most);
+    e->lse = e->logits + s->heads * e->stride;
+    return 1;
+}
+
+/* Told by the bits: comparisons are compiled as if all were numbers. */
+static int overflowed(const float *x, int64_t num) {
+    int64_t bad = 0;
+    for (int64_t i = 0; i < num; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return (int)bad;
+}
+
+/* Returns 0, or -1 without memory. */
+static int attend_row(const Shape *s, const Tree *tree, const Pages *pages,
+                      const Segment *segments, int64_t num_segments, const float *query,
+                      const float *sink_logits, const float *log_of, int64_t row, Room *room,
+                      Result *result) {
+    Exact *e = &room->exact;
+    Found *f = &room->found;
+    const float *q = query + row * s->heads * s->dim;
+    const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
+    score_fixed(s, segments, num_segments, q, sinks, row, e);
+    int64_t listed = row * (s->room > 0 ? s->room : 0);
+    if (result->given) {
+        icecache_scan_row(s, tree, row, q, log_of, f);
+        int64_t taken = icecache_take_given(s, tree, pages, row, result->given + listed, f, e->token);
+        if (taken < 0) return -1;
+        e->num += taken;
+    } else {
+        icecache_search_row(s, tree, row, q, e->lse, log_of, f);
+        gather(s, tree, pages, row, f, e, result->positions ? result->positions + listed : 0);
+    }
+    if (result->num_attended) result->num_attended[row] = (int32_t)e->num;
+    if (!result->out) return 0;
+    if (e->num > e->num_fixed) score_selected(s, pages, q, e);
+    int bad = 0;
+    for (int64_t g = 0; g < s->heads; g++) bad |= overflowed(e->logits + g * e->stride, e->num);
+    normalise(s, tree, row, sinks, e, f);
+    attend(s, tree, pages, segments, num_segments, row, e, f, result->out + row * s->heads * s->dim);
+    /* infinite logits give weights of nothing, which look like numbers: make the output say so */
+    if (bad)
+        memset(result->out + row * s->heads * s->dim, 0xff, sizeof(float) * (size_t)(s->heads * s->dim));
+    return 0;
+}
+
 EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
                                 const Segment *segments, int64_t num_segments, const float *query,
-                                const float *sink_logits, Result *result) {
-    int64_t per_row = s->heads * s->dim, room = s->room > 0 ? s->room : 0, most_fixed = 0;
+                                const float *sink_logits, int64_t threads, Result *result) {
+    if (!tree)
+        return icecache_dense_step(s, segments, num_segments, query, sink_logits, threads, result);
+    int64_t most_fixed = 0, nodes = 0, leaves = 0, failed = 0;
     for (int64_t row = 0; row < s->rows; row++) {
         int64_t fixed = 0;
         for (int64_t i = 0; i < num_segments; i++) fixed += segments[i].len[row];
         most_fixed = fixed > most_fixed ? fixed : most_fixed;
     }
-    int64_t stride = tree ? icecache_most_entries(s, tree) : 1, found_bytes = icecache_found_bytes(stride, s->heads);
-    Exact e = {.stride = most_fixed + room};
-    char *scratch = malloc((size_t)(found_bytes + room * (int64_t)sizeof(int64_t) +
-                                    s->heads * (e.stride + 1) * (int64_t)sizeof(float)));
-    if (!scratch) return -1;
-    Found f = {0};
-    icecache_lay_out(&f, scratch, stride, s->heads);
-    e.token = (int64_t *)(scratch + found_bytes);
-    e.logits = (float *)(e.token + room);
-    e.lse = e.logits + s->heads * e.stride;
+    int64_t stride = icecache_most_entries(s, tree);
     float log_of[256] = {0};
     for (int i = 1; i < 256; i++) log_of[i] = logf((float)i);
-    int failed = 0;
-    result->nodes_scored = result->leaves_scored = 0;
-    for (int64_t row = 0; row < s->rows; row++) {
-        const float *q = query + row * per_row;
-        const float *sinks = sink_logits ? sink_logits + row * s->heads : 0;
-        score_fixed(s, segments, num_segments, q, sinks, row, &e);
-        if (tree) {
-            if (result->given) {
-                icecache_scan_row(s, tree, row, q, log_of, &f);
-                int64_t taken = icecache_take_given(s, tree, pages, row,
-                                                    result->given + row * room, &f, e.token);
-                failed |= taken < 0;
-                e.num += taken < 0 ? 0 : taken;
-            } else {
-                icecache_search_row(s, tree, row, q, e.lse, log_of, &f);
-                gather(s, tree, pages, row, &f, &e,
-                       result->positions ? result->positions + row * room : 0);
+    if (stride * s->rows < LEAST_ENTRIES) threads = 1;
+    if (threads > s->rows) threads = s->rows;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(+ : nodes, leaves, failed)
+#endif
+    {
+        Room room;
+        int made = make_room(s, stride, most_fixed, &room);
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic)
+#endif
+        for (int64_t row = 0; row < s->rows; row++) {
+            if (!made || attend_row(s, tree, pages, segments, num_segments, query, sink_logits,
+                                    log_of, row, &room, result)) {
+                failed++;
+                continue;
             }
-            result->nodes_scored += f.nodes_scored;
-            result->leaves_scored += f.num - f.num_far;
+            nodes += room.found.nodes_scored;
+            leaves += room.found.num - room.found.num_far;
         }
-        if (result->num_attended) result->num_attended[row] = (int32_t)e.num;
-        if (!result->out) continue;
-        if (e.num > e.num_fixed) score_selected(s, pages, q, &e);
-        normalise(s, tree, row, sinks, &e, &f);
-        attend(s, tree, pages, segments, num_segments, row, &e, &f, result->out + row * per_row);
+        free(room.memory);
     }
-    free(scratch);
+    result->nodes_scored = nodes;
+    result->leaves_scored = leaves;
     return failed ? -1 : 0;
 }
 
 /* Sizes of the structures that Python mirrors; a library of another version has others. */
 EXPORT int64_t icecache_layout(void) {
     int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
-                       sizeof(Result)};
-    int64_t all = 5;
-    for (int i = 0; i < 6; i++) all = all * 1009 + sizes[i];
+                       sizeof(Result), sizeof(Decode)};
+    int64_t all = 6;
+    for (int i = 0; i < 7; i++) all = all * 131 + sizes[i];
     return all;
 }
 

@@ -1,0 +1,100 @@
+"""A decode step: one new token of each row is taken in and attended."""
+
+from torch import Tensor
+
+from icecache.cache.context import Context
+from icecache.cache.fused import FusedStep, NewToken
+from icecache.cache.stats import Counters
+from icecache.config import IceCacheConfig
+from icecache.errors import InputError
+
+__all__ = ["Stepping"]
+
+
+class Stepping:
+    """The part of `IceCacheLayer` that takes decode steps."""
+
+    config: IceCacheConfig
+    num_kv_heads: int
+    head_dim: int
+    _backend: str
+    _counters: Counters
+    _unsettled: int
+    _fused: FusedStep | None = None
+
+    @property
+    def _context(self) -> Context | None:
+        raise NotImplementedError
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Take in new tokens."""
+        raise NotImplementedError
+
+    def crop(self, num_tokens: int) -> None:
+        """Drop the latest tokens of every row."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attend the latest tokens' queries to the context."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Take in a token of each row, and attend its query: `append`, then `attend`.
+
+        The same result for less: where it can be, both are one compiled call.
+
+        Parameters
+        ----------
+        query : Tensor, shape [batch, num_q_heads, 1, head_dim]
+        keys, values : Tensor, shape [batch, num_kv_heads, 1, head_dim]
+        scaling, softcap, sink_logits
+            As in `attend`.
+
+        Returns
+        -------
+        Tensor, shape of query, dtype of query
+
+        Raises
+        ------
+        InputError
+            As `append` and `attend` do; the token was not taken in then.
+        """
+        context = self._context
+        # learned sinks, limits of memory and shared selections are the twin's
+        can_fuse = sink_logits is None and self.config.max_host_memory is None
+        is_alone = self.config.layer_reuse == 1 or context is None or context.indexed is None
+        if context is not None and self._backend == "native" and can_fuse and is_alone:
+            if self._fused is None or self._fused.context is not context:
+                self._fused = FusedStep(self.config, context, self.num_kv_heads)
+            factor = self.head_dim**-0.5 if scaling is None else scaling
+            new = NewToken(query, keys, values, factor, softcap)
+            try:
+                out = self._fused.run(new, self._counters)
+            except InputError:
+                self.crop(1)
+                raise
+            if out is not None:
+                self._unsettled = 1
+                return out
+        self.append(keys, values)
+        try:
+            return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+        except InputError:
+            self.crop(keys.shape[2])
+            raise

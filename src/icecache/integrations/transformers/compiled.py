@@ -1,0 +1,190 @@
+"""A decode step of the whole model through `torch.compile`, one graph without breaks.
+
+The cache is hidden behind one operator: the graph sees a layer's query, keys and values go in and
+an output come out, so that its shapes stay the same however long the context grows.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from icecache.errors import BackendUnavailable, IceCacheError, UnsupportedModel
+from icecache.integrations.transformers.cache import IceCache
+from icecache.integrations.transformers.support import supports
+
+__all__ = ["CompiledStep", "find_compiler", "is_plain_step", "require_compilable"]
+
+# torch's operators belong to the process and know no objects: the running step says whose it is
+_running: ContextVar[IceCache] = ContextVar("icecache_running")
+_SCHEMA = (
+    "step(Tensor query, Tensor key, Tensor value, int layer, float scaling, float? softcap,"
+    " Tensor? sinks) -> Tensor"
+)
+_PLAINLY = nullcontext()
+_PLAIN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_IGNORED = {"attention_mask", "logits_to_keep", "cache_position"}
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    output = _running.get().step(query, key, value, layer, scaling, softcap, sinks)
+    return output.transpose(1, 2).contiguous()
+
+
+def _shape_of_step(query: Tensor, *others: object) -> Tensor:
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim)
+
+
+@lru_cache(maxsize=1)
+def _operator() -> tuple[Callable[..., Tensor], torch.library.Library]:
+    library = torch.library.Library("icecache", "FRAGMENT")  # type: ignore[no-untyped-call]
+    tags = (torch.Tag.cudagraph_unsafe,)
+    library.define(_SCHEMA, tags=tags)  # type: ignore[no-untyped-call]
+    library.impl("step", _step, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("icecache::step", _shape_of_step, lib=library)
+    # the operator lives as long as its library
+    return torch.ops.icecache.step, library
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler that inductor would call, None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def require_compilable(model: PreTrainedModel) -> None:
+    """Raise unless the model's decode step can be compiled here.
+
+    Raises
+    ------
+    BackendUnavailable
+        Without a C++ compiler.
+    UnsupportedModel
+        If some layer's cache stays with the model.
+    """
+    if find_compiler() is None:
+        raise BackendUnavailable(
+            "compile=True needs a C++ compiler, and g++ is not there; install one, set CXX, or "
+            "pass compile=False"
+        )
+    report = supports(model)
+    left = [layer.index for layer in report.layers if layer.status != "managed"]
+    if left:
+        raise UnsupportedModel(
+            f"compile=True needs every layer's cache to be IceCache's, and layer {left[0]} of "
+            f"{report.model_type} keeps its own; pass compile=False"
+        )
+
+
+class CompiledStep:
+    """Runs a model's decode steps compiled, and all its other forwards as they are.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Attached to IceCache whenever this is called.
+
+    Attributes
+    ----------
+    steps : int
+        Forwards that ran compiled.
+
+    Notes
+    -----
+    The graph holds copies of the weights, laid out for the CPU. `renew` makes a new one when the
+    weights have been changed since.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        require_compilable(model)
+        self.model = model
+        self.steps = 0
+        self._shapes: set[torch.Size] = set()
+        self._weights: tuple[tuple[int, int], ...] = ()
+        self._compiled = self._compile()
+
+    def renew(self) -> None:
+        """Forget the graph if the model's weights are no longer those that it was made of."""
+        weights = _fingerprint(self.model)
+        if weights != self._weights:
+            self._weights, self._compiled = weights, self._compile()
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Do what ``model(**inputs)`` does."""
+        if not is_plain_step(inputs):
+            return self.model(**inputs)
+        cache: IceCache = inputs["past_key_values"]
+        token_ids = inputs["input_ids"]
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(token_ids, cache.get_seq_length())
+        token = _running.set(cache)
+        is_new = token_ids.shape not in self._shapes
+        try:
+            # dynamo looks at this while it traces: weights become constants, laid out once
+            with (
+                torch.no_grad(),
+                torch._inductor.config.patch(freezing=True) if is_new else _PLAINLY,
+            ):
+                logits = self._compiled(token_ids, positions)
+        except IceCacheError:
+            cache.undo()
+            raise
+        finally:
+            _running.reset(token)
+        self._shapes.add(token_ids.shape)
+        self.steps += 1
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _compile(self) -> Callable[[Tensor, Tensor], Tensor]:
+        model, (operator, _) = self.model, _operator()
+
+        def decode(token_ids: Tensor, positions: Tensor) -> Tensor:
+            output = model(
+                input_ids=token_ids,
+                position_ids=positions,
+                use_cache=False,
+                return_dict=True,
+                icecache_step=operator,
+            )
+            logits: Tensor = output.logits
+            return logits
+
+        self._shapes.clear()
+        return torch.compile(decode, fullgraph=True, dynamic=False)
+
+
+def is_plain_step(inputs: dict[str, Any]) -> bool:
+    """Whether this is a forward of one token for each row, without padding or extras."""
+    token_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    if token_ids is None or token_ids.shape[1] != 1 or not isinstance(cache, IceCache):
+        return False
+    if not cache.is_initialized or any(
+        value is not None and value is not False
+        for name, value in inputs.items()
+        if name not in _PLAIN and name not in _IGNORED
+    ):
+        return False
+    mask = inputs.get("attention_mask")
+    return mask is None or (mask.dim() == 2 and bool(mask.all()))
+
+
+def _fingerprint(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """What changes when weights are replaced or written to."""
+    return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
