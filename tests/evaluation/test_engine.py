@@ -50,7 +50,7 @@ def _small(name: str) -> Method:
     options = {"sink": "4", "window": "8"}
     if name in ("quest", "arkvale"):
         options["page_size"] = "8"
-    return METHODS[name].from_options(options)
+    return METHODS[name].from_options({} if name == "full" else options)
 
 
 RUNNABLE = list(METHODS)
