@@ -50,7 +50,7 @@ def _small(name: str) -> Method:
     options = {"sink": "4", "window": "8"}
     if name in ("quest", "arkvale"):
         options["page_size"] = "8"
-    return METHODS[name].from_options(options)
+    return METHODS[name].from_options({} if name == "full" else options)
 
 
 RUNNABLE = list(METHODS)
@@ -293,6 +293,19 @@ def test_a_probe_measures_mass_and_error_of_what_was_attended() -> None:
     full, found = weights @ values, part @ values[:, kept]
     error = (found - full).norm(dim=-1) / full.norm(dim=-1)
     assert probe.error[2] == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_a_head_that_puts_nothing_out_has_no_error() -> None:
+    model = build(family("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.zero_()
+    prefill, reference = full_answer(model, IDS, steps(1))
+    with torch.inference_mode(), evaluation_attention(model):
+        run = Streaming(sink=4).open(model, prefill, 20)
+        probe = LayerProbe(prefill, run.attended)
+        model(torch.tensor([reference.tokens]), past_key_values=run.cache, probe=probe)
+    assert probe.error == [0.0] * len(probe.error)
 
 
 def test_a_probe_counts_no_position_for_minus_one() -> None:

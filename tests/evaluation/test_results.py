@@ -1,5 +1,6 @@
 """Results on the disk, their summary, and the report."""
 
+import dataclasses
 import json
 import math
 import os
@@ -113,6 +114,13 @@ def test_numbers_that_are_none_are_refused(name: str) -> None:
         _record(**{name: math.nan}).to_line()
 
 
+@pytest.mark.parametrize("name", ["mass", "error"])
+def test_layers_that_are_no_number_are_refused(name: str) -> None:
+    record = dataclasses.replace(_record(), **{name: (0.5, math.nan)})
+    with pytest.raises(InputError, match=f"{name} of layer 1 is nan"):
+        record.to_line()
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     _fill(tmp_path, [_record()])
     before = (tmp_path / "results.jsonl").read_bytes()
@@ -161,6 +169,54 @@ def test_a_torn_session_is_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes() == 2 * whole
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"sessions\.jsonl holds no session"),
+        ('{"icecache": "0", "com', r"sessions\.jsonl holds no session"),
+        ('{"icecache": "0", "com{}\n', r"sessions\.jsonl:1: not a session \(JSONDecodeError"),
+        ("[]\n", r"sessions\.jsonl:1: not a session"),
+        ('{"settings": {}}\n', r"sessions\.jsonl:1: not a session, it lacks icecache, .*seed"),
+    ],
+)
+def test_a_report_without_a_whole_session_says_so(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    _fill(tmp_path, _example())
+    (tmp_path / "sessions.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_torn_only_session_is_replaced_by_the_next(tmp_path: Path) -> None:
+    _fill(tmp_path, _example())
+    path = tmp_path / "sessions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    _fill(tmp_path, [])
+    assert path.read_bytes() == whole
+    write_report(tmp_path)
+
+
+def test_settings_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[]")
+    with (
+        pytest.raises(InputError, match=r"run\.json: must be an object of settings, got list"),
+        ResultStore.open(tmp_path, SETTINGS, STAMP),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"--out must be a folder that can be .*file/run \(Not a d"),
+        ResultStore.open(tmp_path / "file" / "run", SETTINGS, STAMP),
+    ):
+        pass
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with ResultStore.open(tmp_path, SETTINGS, STAMP) as store:
         with (
@@ -200,13 +256,35 @@ def test_intervals_cover_what_they_should() -> None:
         covered += found.low <= 3.0 <= found.high
     # 95 % of 200, the bootstrap of 30 samples being a little narrow
     assert 175 <= covered <= 199
-    assert mean_interval([2.0]) == (2.0, 2.0, 2.0)
     assert mean_interval([1.0, 2.0]) == mean_interval([1.0, 2.0])
 
 
 def test_a_mean_of_means_weighs_tasks_alike() -> None:
-    found = mean_of_means([[1.0] * 9, [0.0]])
+    found = mean_of_means([[1.0] * 9, [0.0] * 2])
     assert found == (0.5, 0.5, 0.5)
+
+
+def test_fewer_than_two_samples_have_no_interval(tmp_path: Path) -> None:
+    assert mean_interval([2.0]) == (2.0, None, None)
+    assert mean_of_means([[1.0, 2.0], [0.5]]) == (1.0, None, None)
+    assert ratio_interval([3.0], [2.0]) == (1.5, None, None)
+    records = [record for record in _example() if record.id == "0" and record.task == "lcc"]
+    tables = {table.title: table.rows for table in summary_tables(Results(records))}
+    assert tables["Distance from the full cache"][0] == ["topk", "1", "0.25"]
+    assert tables["Scores at 64 tokens"][0][3:] == ["40.0 0.50", "60.0 0.75"]
+    _fill(tmp_path, records)
+    assert len(write_report(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("count", "says"), [(9, True), (10, False)])
+def test_a_report_says_that_intervals_of_few_samples_are_too_narrow(
+    count: int, says: bool, tmp_path: Path
+) -> None:
+    full = {"kl": 0.0, "attended": 1000.0}
+    for number in range(count):
+        _fill(tmp_path, [_record("full", None, number=number, **full), _record(number=number)])
+    text = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert ("fewer than 10 samples are too narrow" in text) is says
 
 
 def test_ratios_are_resampled_in_pairs() -> None:
@@ -240,6 +318,13 @@ def test_tables_hold_the_means() -> None:
     quoted = {(row[0], row[1]): row[2:] for row in tables["Beside the paper's figures"].rows}
     assert quoted["topk", "256"] == ["49.8", "1.006", "0.500"]
     assert quoted["icecache-paper", "64"] == ["47.8", "0.966", "-"]
+    names = {"lcc": "passkey@700", "trec": "vcsum"}
+    far_from = [dataclasses.replace(record, task=names[record.task]) for record in _example()]
+    rows_without = summary_tables(Results(far_from))[-1].rows
+    assert {row[-1] for row in rows_without} == {"-"}
+    mixed = [*_example(), *(dataclasses.replace(r, score=0.8) for r in far_from)]
+    rows_with = {(row[0], row[1]): row[2:] for row in summary_tables(Results(mixed))[-1].rows}
+    assert rows_with["topk", "256"] == quoted["topk", "256"]
     assert "quoted" in tables["Beside the paper's figures"].note.lower()
 
 

@@ -128,6 +128,18 @@ def test_results_do_not_depend_on_what_else_is_run(
         assert record == expected[record.key]
 
 
+def test_more_forced_steps_ask_the_same(tiny_model: Path) -> None:
+    loaded = load(tiny_model, "float32")
+    few, many = (
+        [
+            [prompt.sample.answers for prompt in work.prompts]
+            for work in Runner(_settings(tiny_model, tasks=("passkey",), steps=n), *loaded).works
+        ]
+        for n in (4, 80)
+    )
+    assert few == many
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(
     finished: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +282,18 @@ def test_run_and_report_on_the_command_line(cli: Cli, tiny_model: Path, tmp_path
         (("run", "--tasks", "nope", "--out", "x"), "unknown task 'nope'"),
         (("run", "--tasks", "passkey", "--methods", "nope", "--out", "x"), "unknown method 'nope'"),
         (("run", "--tasks", "passkey", "--limit", "0", "--out", "x"), "--limit must be at least 1"),
+        (
+            ("run", "--tasks", "passkey", "--budgets", "--limit", "1", "--out", "x"),
+            "--budgets must have a value or more, got none",
+        ),
+        (
+            ("run", "--tasks", "passkey", "--methods", "full:sink=3", "--out", "x"),
+            "full takes no parameters, got sink",
+        ),
+        (
+            ("run", "--tasks", "passkey", "--methods", "full:", "--out", "x"),
+            "a parameter is written key=value, got ''",
+        ),
         (("report", "x"), "no results of `icecache eval run` in"),
     ],
 )

@@ -94,16 +94,25 @@ def test_snapkv_scores_are_those_of_the_definition() -> None:
         assert scores[head, 26:].isinf().all()
 
 
-def test_snapkv_gives_up_its_worst_token_for_each_generated_one() -> None:
+def test_snapkv_keeps_what_it_selected_while_its_window_slides() -> None:
     tokens = make_tokens(60)
     policy = started(SnapKV(window=8), tokens, 20)
-    ranked = observed_scores(tokens, 8, 5)[0].topk(20).indices.tolist()
-    grow(tokens, 1)
-    assert chosen(policy.select(query(), tokens, RULE)) == sorted([*ranked[:19], 60])
-    grow(tokens, 4)
-    assert chosen(policy.select(query(), tokens, RULE)) == sorted([*ranked[:15], *range(60, 65)])
-    grow(tokens, 40)
-    assert chosen(policy.select(query(), tokens, RULE)) == list(range(85, 105))
+    best = observed_scores(tokens, 8, 5)[0, :52].topk(12).indices.tolist()
+    end = 60
+    for count in (1, 4, 40):
+        end += count
+        grow(tokens, count)
+        found = chosen(policy.select(query(), tokens, RULE))
+        assert found == sorted([*best, *range(end - 8, end)])
+
+
+def test_snapkv_leaves_what_a_short_prompt_does_not_use_to_the_window() -> None:
+    tokens = make_tokens(15)
+    policy = started(SnapKV(window=8), tokens, 20)
+    grow(tokens, 6)
+    assert chosen(policy.select(query(), tokens, RULE)) == [*range(7), *range(8, 21)]
+    grow(tokens, 30)
+    assert chosen(policy.select(query(), tokens, RULE)) == [*range(7), *range(38, 51)]
 
 
 def _one_head(keys: Tensor) -> Tokens:

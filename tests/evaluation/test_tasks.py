@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icecache.errors import InputError
 from icecache.evaluation.tasks.base import Sample, Source
-from icecache.evaluation.tasks.fit import all_words
+from icecache.evaluation.tasks.fit import Draft, all_words, fitted_samples
 from icecache.evaluation.tasks.gsm8k import SHOTS
 from icecache.evaluation.tasks.registry import all_tasks, find_tasks, task_groups
 from icecache.evaluation.tasks.rows import Hub, read_jsonl
@@ -82,6 +82,11 @@ def test_complete_prompts_and_nested_answers_are_taken_as_they_are(tmp_path: Pat
         ('{"prompt": "a"}\n', r"lcc\.jsonl:1: field 'answers' must be a list"),
         ('{"prompt": "a", "answers": []}\n', r"lcc\.jsonl:1: field 'answers' must be a list"),
         ('\n{"context": "a", "answers": ["b"]}\n', r"lcc\.jsonl:2: field 'input' .* is missing"),
+        ('{"prompt": "a", "answers": [null]}\n', r"lcc\.jsonl:1: field 'answers' .*got \[None\]"),
+        (
+            '{"prompt": "a", "answers": ["b"], "all_classes": 3}\n',
+            r"lcc\.jsonl:1: field 'all_classes' must be a list of texts, got 3",
+        ),
         ('{"prompt": 3, "answers": ["b"]}\n', r"lcc\.jsonl:1: field 'prompt' .* it is int"),
     ],
 )
@@ -89,6 +94,22 @@ def test_a_bad_line_names_file_and_line(tmp_path: Path, lines: str, message: str
     (tmp_path / "lcc.jsonl").write_text(lines, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         _load("lcc", _source(None, data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "message"),
+    [
+        ("trec", "Date", r"trec\.jsonl:1: field 'all_classes' must be a list of texts, trec needs"),
+        ("lsht", "Date", r"lsht\.jsonl:1: field 'all_classes' must be"),
+        ("passage_retrieval_en", "Paragraph x", r"en\.jsonl:1: .* a number, got 'Paragraph x'"),
+    ],
+)
+def test_answers_that_a_metric_cannot_take_are_refused(
+    task: str, answer: str, message: str, tmp_path: Path
+) -> None:
+    _write(tmp_path / f"{task}.jsonl", {"prompt": "a", "answers": [answer]})
+    with pytest.raises(InputError, match=message):
+        _load(task, _source(None, data=tmp_path))
 
 
 def test_a_line_that_is_not_utf8_names_file_and_line(tmp_path: Path) -> None:
@@ -210,6 +231,27 @@ def test_common_words_are_the_ten_most_frequent(tokenizer: PreTrainedTokenizerBa
         assert set(sample.answers) <= set(all_words())
 
 
+def test_a_template_takes_of_the_room_but_does_not_change_the_task(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    whole, less = (
+        _load("ruler_cwe", _source(tokenizer, length=4096, reserved=reserved), 1)[0]
+        for reserved in (0, 80)
+    )
+    for sample, most in ((whole, 4096), (less, 4016)):
+        used = len(tokenizer(sample.prompt + sample.prefix)["input_ids"]) + 120
+        assert 0.85 * 4096 < used <= most
+        asked = sample.prompt.rsplit("Below is a numbered list", 1)[1]
+        counts = Counter(re.findall(r"\d+\. (\S+(?: \D\S*)?)(?= \d+\.|\n)", asked))
+        assert set(counts.values()) == {30, 3}
+    for name in ("passkey", "ruler_niah_single_1", "ruler_niah_multikey_1", "ruler_vt"):
+        whole, less = (
+            _load(name, _source(tokenizer, reserved=reserved), 1)[0] for reserved in (0, 80)
+        )
+        assert whole.answers == less.answers
+        assert len(less.prompt) < len(whole.prompt)
+
+
 def test_frequent_words_are_the_three_most_frequent(tokenizer: PreTrainedTokenizerBase) -> None:
     (sample,) = _load("ruler_fwe", _source(tokenizer, length=3000), 1)
     words = sample.prompt.split("coded words. ", 1)[1].split("\nQuestion", 1)[0].split()
@@ -268,9 +310,44 @@ def test_squad_and_hotpotqa_put_the_answering_documents_among_others(
         _load("ruler_qa_1", _source(tokenizer, data=tmp_path / "no"))
 
 
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("ruler_qa_1", {}, r"squad\.json: data must be a list that is not empty, got None"),
+        ("ruler_qa_1", [], r"squad\.json must be an object, got \[\]"),
+        ("ruler_qa_1", {"data": [3]}, r"squad\.json: data\[0\] must be an object, got 3"),
+        ("ruler_qa_2", [], r"hotpotqa\.json must be a list that is not empty, got \[\]"),
+        ("ruler_qa_2", [{}], r"hotpotqa\.json\[0\]: question must be text, got None"),
+        (
+            "ruler_qa_2",
+            [{"question": "q", "answer": "a", "context": [["title"]]}],
+            r"hotpotqa\.json\[0\]: context\[0\] must be a title and its sentences, got \['title'\]",
+        ),
+        (
+            "ruler_qa_2",
+            [{"question": "q", "answer": "a", "context": [["title", ["text"]]]}],
+            "ruler_qa_2: question 0 of the data set must have documents of other questions",
+        ),
+    ],
+)
+def test_a_bad_file_of_questions_names_the_place(
+    task: str, content: Any, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for name in ("squad", "hotpotqa"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        _load(task, _source(tokenizer, data=tmp_path))
+
+
 def test_a_length_too_short_for_the_task_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"ruler_cwe: a prompt of 200 tokens.* raise --lengths"):
         _load("ruler_cwe", _source(tokenizer, length=200))
+
+
+def test_a_context_that_does_not_grow_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    drafts = fitted_samples("empty", _source(tokenizer), lambda r, n: Draft("same", "", ()), 1, 9)
+    with pytest.raises(InputError, match=r"empty: .* it does not grow"):
+        next(drafts)
 
 
 def test_gsm8k_shows_the_last_rows_and_asks_the_others(tmp_path: Path) -> None:
@@ -285,6 +362,9 @@ def test_gsm8k_shows_the_last_rows_and_asks_the_others(tmp_path: Path) -> None:
     task = all_tasks()["gsm8k"]
     answer = task.trim(" It is 1000.\n#### 1000\n\nQuestion: Q8?\nAnswer: 8")
     assert task.score(answer, samples[0]) == 1.0
+    _write(tmp_path / "gsm8k_test.jsonl", {"question": "Q?", "answer": "#### abc"}, *rows)
+    with pytest.raises(InputError, match=r"gsm8k_test\.jsonl:1: .* NUMBER, it ends in '#### abc'"):
+        _load("gsm8k", _source(None, data=tmp_path))
     _write(tmp_path / "gsm8k_test.jsonl", *rows[:SHOTS])
     with pytest.raises(InputError, match="more than 8 rows"):
         _load("gsm8k", _source(None, data=tmp_path))

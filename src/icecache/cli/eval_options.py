@@ -4,10 +4,13 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+
+from icecache.errors import InputError
 
 __all__ = ["SpreadCommand", "spread", "with_settings_options"]
 
@@ -23,10 +26,12 @@ class SpreadCommand(TyperCommand):
 
 
 def spread(arguments: list[str]) -> list[str]:
-    """Repeat the flag of a list before each of its values."""
+    """Repeat the flag of a list before each of its values; `InputError` if it has none."""
     found: list[str] = []
     flag = None
-    for argument in arguments:
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="-"):
+        if argument in _LISTS and following.startswith("-"):
+            raise InputError(f"{argument} must have a value or more, got none")
         if argument.startswith("-"):
             flag = argument if argument in _LISTS else None
             found += [] if flag else [argument]

@@ -204,9 +204,10 @@ class Runner:
         source = Source(
             data=settings.data,
             haystack=settings.haystack,
-            length=room if length is None else self._length(task, length, room),
+            length=room if length is None else length,
             tokenizer=self._tokenizer,
             seed=settings.seed,
+            reserved=0 if length is None else self._reserved(task, length, room),
         )
         prompts = self._prompter.choose(task, task.load(source), room, settings.limit)
         ids = [prompt.sample.id for prompt in prompts]
@@ -214,15 +215,15 @@ class Runner:
             raise InputError(f"{task.name}: several samples have the same id")
         return Work(task.name if length is None else f"{task.name}@{length}", task, prompts)
 
-    def _length(self, task: Task, length: int, room: int) -> int:
-        """Return the length without what the template and further forced steps take of it."""
+    def _reserved(self, task: Task, length: int, room: int) -> int:
+        """Return what the template and further forced steps take of a length."""
         if length - max(task.max_new_tokens, self.settings.steps) > room:
             raise InputError(
                 f"{task.name}: a length of {length:,} tokens is more than the model's context or "
                 f"--max-length leave ({room:,} and the answer); lower --lengths"
             )
         further = max(0, self.settings.steps - task.max_new_tokens)
-        return length - self._prompter.overhead(task) - further - _JOINTS
+        return self._prompter.overhead(task) + further + _JOINTS
 
     def _most_tokens(self, task: Task) -> int:
         """Return the most tokens of a prompt: what is asked for and what the context leaves."""

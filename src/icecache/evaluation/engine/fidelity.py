@@ -13,6 +13,9 @@ from icecache.evaluation.engine.tokens import Tokens
 
 __all__ = ["Agreement", "LayerProbe", "compare"]
 
+# a head may put nothing out (its values are zero, or a learned sink takes all)
+_SMALLEST = torch.finfo(torch.float32).eps
+
 
 class Agreement(NamedTuple):
     """Teacher-forced agreement with the full cache, means over the steps.
@@ -73,7 +76,8 @@ class LayerProbe:
         query = call.query[0].view(call.key.shape[1], -1, call.query.shape[3])
         full = attend_all(query, tokens, call.rule).double()
         found = output.view(full.shape).double()
-        self._error[layer].append(float(((found - full).norm(dim=-1) / full.norm(dim=-1)).mean()))
+        size = full.norm(dim=-1).clamp(min=_SMALLEST)
+        self._error[layer].append(float(((found - full).norm(dim=-1) / size).mean()))
         self._mass[layer].append(self._mass_of(layer, call, weigh_all(query, tokens, call.rule)))
 
     def _mass_of(self, layer: int, call: Call, weights: Tensor) -> float:
@@ -85,4 +89,5 @@ class LayerProbe:
         is_attended.scatter_(1, positions.long().cpu() % is_attended.shape[1], True)
         held = weights.cpu() * is_attended[:, None, :-1]
         # learned sinks take a share that no token has
-        return float((held.sum(-1) / weights.cpu().sum(-1)).mean())
+        whole = weights.cpu().sum(-1).clamp(min=_SMALLEST)
+        return float((held.sum(-1) / whole).mean())

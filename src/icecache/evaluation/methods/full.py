@@ -1,10 +1,12 @@
 """The full cache: every token in every step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from icecache.errors import ConfigError
 from icecache.evaluation.engine.attend import Rule, Selection
 from icecache.evaluation.engine.tokens import Tokens
 from icecache.evaluation.methods.base import SelectionMethod
@@ -23,6 +25,13 @@ class Full(SelectionMethod):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "the model itself"
     has_budget: ClassVar[bool] = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        """Make the method; any option is a `ConfigError`."""
+        if options:
+            raise ConfigError(f"full takes no parameters, got {', '.join(options)}")
+        return cls()
 
     def check(self, budget: int) -> None:
         """Accept any budget: it is not used."""

@@ -55,11 +55,11 @@ def parse_methods(specs: list[str]) -> list[NamedMethod]:
 
 
 def _parse(spec: str) -> Method:
-    name, _, tail = spec.partition(":")
+    name, colon, tail = spec.partition(":")
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}, all")
     options = {}
-    for entry in tail.split(",") if tail else []:
+    for entry in tail.split(",") if colon else []:
         key, equals, value = entry.partition("=")
         if not equals:
             raise ConfigError(f"{name}: a parameter is written key=value, got {entry!r}")

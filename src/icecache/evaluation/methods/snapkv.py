@@ -24,9 +24,11 @@ class SnapKV(SelectionMethod):
     smoothed over `kernel` neighbours and averaged over the query heads of a KV head, says what is
     kept; the observing tokens themselves are kept too. There is no sink beside that.
 
-    Budget: kept prompt tokens + generated tokens. Each generated token takes the place of the kept
-    prompt token of lowest score, so that a step never attends more than the budget (in the paper
-    the cache grows instead). Extra memory: none; the rest of the prompt is gone.
+    Budget: kept prompt tokens + the latest `window` tokens. The prompt tokens that were selected
+    stay for the whole answer; the window, at first the observing tokens, slides on to generated
+    ones, so that a step never attends more than the budget (in the paper the cache grows instead).
+    A prompt with fewer tokens than the budget leaves the rest of it to the window.
+    Extra memory: none; the rest of the prompt is gone.
 
     Parameters
     ----------
@@ -57,18 +59,19 @@ class SnapKV(SelectionMethod):
 class _Snapshot:
     def __init__(self, budget: int, window: int, kernel: int) -> None:
         self._budget, self._window, self._kernel = budget, window, kernel
-        self._ranked: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def start(self, tokens: Tokens) -> None:
         scores = observed_scores(tokens, self._window, self._kernel)
-        self._ranked = scores.topk(min(self._budget, scores.shape[1]), dim=1).indices
+        num_others = int(scores[0].isfinite().sum())
+        room = min(self._budget - self._window, num_others)
+        self._kept = scores[:, :num_others].topk(room, dim=1).indices
 
     def select(self, query: Tensor, tokens: Tokens, rule: Rule) -> Selection:
-        assert self._ranked is not None
-        first = max(tokens.num_prompt, tokens.num_tokens - self._budget)
-        generated = torch.arange(first, tokens.num_tokens).expand(query.shape[0], -1)
-        room = self._budget - generated.shape[1]
-        return Selection(torch.cat([self._ranked[:, :room], generated], 1))
+        assert self._kept is not None
+        num_latest = self._budget - self._kept.shape[1]
+        latest = torch.arange(tokens.num_tokens - num_latest, tokens.num_tokens)
+        return Selection(torch.cat([self._kept, latest.expand(query.shape[0], -1)], 1))
 
 
 def observed_scores(tokens: Tokens, window: int, kernel: int) -> Tensor:

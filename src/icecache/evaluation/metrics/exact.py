@@ -12,6 +12,7 @@ __all__ = [
     "contains_any",
     "counted",
     "final_number",
+    "is_number",
     "retrieved",
 ]
 
@@ -66,6 +67,11 @@ def final_number(prediction: str, answer: str) -> float:
     marked = prediction.split("####", 1)
     found = _NUMBER.findall(marked[1])[:1] if len(marked) > 1 else _NUMBER.findall(prediction)[-1:]
     return float(bool(found) and _value(found[0]) == _value(answer))
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a number that `final_number` can compare with."""
+    return _NUMBER.fullmatch(text) is not None
 
 
 def _value(text: str) -> float:

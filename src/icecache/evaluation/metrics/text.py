@@ -34,8 +34,9 @@ def f1_zh(prediction: str, answer: str) -> float:
 def rouge_l(prediction: str, answer: str) -> float:
     """Return the F-measure of ROUGE-L, rouge-score's own tokens, no stemming.
 
-    LongBench's figures come from the package ``rouge``, which splits at white space alone; that
-    differs in the third digit.
+    One longest common subsequence of the whole texts. LongBench's figures come from the package
+    ``rouge``, which scores at summary level, over sentences split at full stops: its figures are
+    others, and do not compare with these.
     """
     return _rouge(prediction, answer, RougeScorer(["rougeL"]))
 

@@ -6,19 +6,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RESAMPLES", "Interval", "mean_interval", "mean_of_means", "ratio_interval"]
+__all__ = ["FEWEST", "RESAMPLES", "Interval", "mean_interval", "mean_of_means", "ratio_interval"]
 
 RESAMPLES = 2000
+# of fewer samples the percentile bootstrap is clearly too narrow
+FEWEST = 10
 _CONFIDENCE = 0.95
 Values = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95 % interval; of a single sample the interval is a point."""
+    """An estimate and its 95 % interval, which groups of fewer than two samples have not."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
@@ -53,6 +55,8 @@ def ratio_interval(
 def _interval(
     groups: list[Values], statistic: Callable[[list[Values]], Values], seed: int
 ) -> Interval:
+    if min(map(len, groups)) < 2:
+        return Interval(float(statistic(groups)))
     random = np.random.default_rng(seed)
     drawn = [group[random.integers(len(group), size=(RESAMPLES, len(group)))] for group in groups]
     # statistics work on the samples' axis from the end, so that one call takes all resamples

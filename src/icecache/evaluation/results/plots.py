@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icecache.evaluation.results.bootstrap import mean_interval
+from icecache.evaluation.results.bootstrap import Interval, mean_interval
 from icecache.evaluation.results.quoted import QUOTED, QUOTED_FULL
 from icecache.evaluation.results.record import Record
 from icecache.evaluation.results.tables import Results
+from icecache.evaluation.tasks.registry import task_groups
 
 __all__ = ["Plot", "draw_plots"]
 
@@ -67,7 +68,7 @@ def _kl_over_budget(axes: Any, results: Results) -> None:
         budgets = [budget for budget in results.budgets if (method, budget) in results.cells]
         found = [mean_interval([r.kl for r in results.of((method, b))]) for b in budgets]
         values = np.array([entry.value for entry in found])
-        spread = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
+        spread = np.array([_arms(entry) for entry in found]).T
         axes.errorbar(budgets, values, yerr=spread.clip(min=0), marker="o", capsize=2, label=method)
     axes.set_xscale("log", base=2)
     # zero is on the axis: a budget that holds the context gives it
@@ -77,9 +78,18 @@ def _kl_over_budget(axes: Any, results: Results) -> None:
     axes.set_xlabel("tokens a KV head attends exactly")
 
 
+def _arms(found: Interval) -> tuple[float, float]:
+    """Return how far the interval reaches down and up; nowhere where there is none."""
+    if found.low is None or found.high is None:
+        return 0.0, 0.0
+    return found.value - found.low, found.high - found.value
+
+
 def _ratios(budget: int, axes: Any, results: Results) -> None:
     methods = [method for method in results.methods if (method, budget) in results.cells]
-    quoted = {q.method: q.score / QUOTED_FULL for q in QUOTED if q.budget == budget}
+    # the paper's figures are of LongBench's English sets
+    has_english = any(task in task_groups()["longbench_en"] for task in results.tasks)
+    quoted = {q.method: q.score / QUOTED_FULL for q in QUOTED if q.budget == budget and has_english}
     tasks = [task for task in results.tasks if any(results.scores(None, task))]
     width = 0.8 / max(1, len(methods))
     for i, method in enumerate(methods):

@@ -57,8 +57,10 @@ class Record:
 
     def to_line(self) -> str:
         """Return the record as one line of JSON."""
-        for name in ("kl", "top1", "attended", "score"):
-            value = getattr(self, name)
+        named = [(name, getattr(self, name)) for name in ("kl", "top1", "attended", "score")]
+        for layer, (mass, error) in enumerate(zip(self.mass, self.error)):
+            named += [(f"mass of layer {layer}", mass), (f"error of layer {layer}", error)]
+        for name, value in named:
             if value is not None and not math.isfinite(value):
                 raise InputError(f"{self.key}: {name} is {value}; the model's logits are broken")
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False) + "\n"

@@ -9,11 +9,14 @@ import jinja2
 
 from icecache.errors import InputError
 from icecache.evaluation.methods.registry import METHODS
+from icecache.evaluation.results.bootstrap import FEWEST
 from icecache.evaluation.results.plots import draw_plots
-from icecache.evaluation.results.store import load_results, load_sessions, write_atomically
+from icecache.evaluation.results.store import STAMPS, load_results, load_sessions, write_atomically
 from icecache.evaluation.results.tables import Results, Table, summary_tables
 
 __all__ = ["write_report"]
+
+_FEW = "a task with one sample has none, nor has the mean of tasks with it"
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
@@ -66,11 +69,13 @@ def _facts(results: Results, sessions: list[dict[str, Any]]) -> list[tuple[str, 
         ("prompts", f"{latest['prompts']}; {_within(settings)}"),
         ("seed", str(settings["seed"])),
     ]
+    fewest = min(len(results.of(None, task)) for task in results.tasks)
+    if fewest < FEWEST:
+        facts.append(("intervals", f"those of fewer than {FEWEST} samples are too narrow; {_FEW}"))
     if results.num_partial:
         facts.append(("left out", f"{results.num_partial} samples that some method lacks"))
-    stamps = ("icecache", "commit", "torch", "transformers", "processor", "threads", "started")
     for number, session in enumerate(sessions, 1):
-        stamp = ", ".join(f"{name} {session[name]}" for name in stamps)
+        stamp = ", ".join(f"{name} {session[name]}" for name in STAMPS[:-1])
         facts.append((f"session {number}", stamp))
     return facts
 

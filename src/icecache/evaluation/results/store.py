@@ -18,9 +18,15 @@ from icecache.errors import InputError
 from icecache.evaluation.results.record import Key, Record
 from icecache.evaluation.settings import RunSettings
 
-__all__ = ["ResultStore", "load_results", "load_sessions"]
+__all__ = ["STAMPS", "ResultStore", "load_results", "load_sessions", "write_atomically"]
 
 _RESULTS, _SETTINGS, _SESSIONS, _LOCK = "results.jsonl", "run.json", "sessions.jsonl", ".lock"
+# what a report tells of a session
+STAMPS = (
+    *("icecache", "commit", "torch", "transformers", "processor", "threads", "started"),
+    "prompts",
+)
+_SETTINGS_SHOWN = ("model", "dtype", "steps", "seed", "max_length", "overlong")
 
 
 class ResultStore:
@@ -63,18 +69,10 @@ class ResultStore:
         Raises
         ------
         InputError
-            If the folder holds something else, results of other settings, or is in use.
+            If the folder cannot be made or written to, holds something else or results of other
+            settings, or is in use.
         """
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out must be a folder: {folder}")
-        if _holds_something_else(folder):
-            raise InputError(f"--out holds something else than results: {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(f"another process is writing to {folder}") from error
+        lock = _locked(folder)
         try:
             _check_settings(folder / _SETTINGS, settings)
             store = ResultStore(folder)
@@ -85,6 +83,25 @@ class ResultStore:
             yield store
         finally:
             lock.release()
+
+
+def _locked(folder: Path) -> FileLock:
+    """Return the lock of a folder, held; makes the folder if it is new."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--out must be a folder: {folder}")
+        if _holds_something_else(folder):
+            raise InputError(f"--out holds something else than results: {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another process is writing to {folder}") from error
+    except OSError as error:
+        raise InputError(
+            f"--out must be a folder that can be made and written to: {folder} ({error.strerror})"
+        ) from error
+    return lock
 
 
 def load_results(folder: Path) -> list[Record]:
@@ -104,12 +121,30 @@ def load_results(folder: Path) -> list[Record]:
 
 
 def load_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Return the sessions that a run had, first to last."""
+    """Return the sessions that a run had, first to last, a torn last line left out.
+
+    Raises
+    ------
+    InputError
+        If there are none, or a line is no session: with file and line.
+    """
     path = folder / _SESSIONS
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     if not lines:
-        raise InputError(f"{path} is missing or empty")
-    return [json.loads(line) for line in lines]
+        raise InputError(f"{path} holds no session; run `icecache eval run` on")
+    return [_session(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _session(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(line)
+        missing = [name for name in STAMPS if name not in found]
+        missing += [name for name in _SETTINGS_SHOWN if name not in found["settings"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: not a session ({error!r})") from error
+    if missing:
+        raise InputError(f"{where}: not a session, it lacks {', '.join(missing)}")
+    return found
 
 
 def _check_settings(path: Path, settings: RunSettings) -> None:
@@ -121,6 +156,8 @@ def _check_settings(path: Path, settings: RunSettings) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(theirs, dict):
+        raise InputError(f"{path}: must be an object of settings, got {type(theirs).__name__}")
     other = [key for key in mine if theirs.get(key) != mine[key]]
     if other:
         changes = "; ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in other)

@@ -1,6 +1,6 @@
 """Results summed up as tables of texts, which both report formats show."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from icecache.evaluation.results.bootstrap import (
@@ -11,6 +11,7 @@ from icecache.evaluation.results.bootstrap import (
 )
 from icecache.evaluation.results.quoted import QUOTED, QUOTED_FULL, QUOTED_SOURCE
 from icecache.evaluation.results.record import Record
+from icecache.evaluation.tasks.registry import task_groups
 
 __all__ = ["Results", "Table", "summary_tables"]
 
@@ -59,9 +60,10 @@ class Results:
         """Return a cell's scores on a task, in per cent; empty if none was asked."""
         return [100 * r.score for r in self.of(cell, task) if r.score is not None]
 
-    def average(self, cell: Cell | None) -> Interval | None:
-        """Return the mean over tasks of the mean score, in per cent."""
-        groups = [scores for task in self.tasks if (scores := self.scores(cell, task))]
+    def average(self, cell: Cell | None, among: Collection[str] | None = None) -> Interval | None:
+        """Return the mean over tasks, all or those `among`, of the mean score, in per cent."""
+        tasks = [task for task in self.tasks if among is None or task in among]
+        groups = [scores for task in tasks if (scores := self.scores(cell, task))]
         return mean_of_means(groups) if groups else None
 
 
@@ -168,18 +170,21 @@ def _scores(results: Results, budget: int) -> Table:
 
 def _quoted(results: Results) -> Table:
     rows = []
+    english = task_groups()["longbench_en"]
+    whole = results.average(None, english)
     for entry in QUOTED:
         ours = "-"
         if (entry.method, entry.budget) in results.cells:
-            found, full = results.average((entry.method, entry.budget)), results.average(None)
-            if found is not None and full is not None and full.value:
-                ours = f"{found.value / full.value:.3f}"
+            found = results.average((entry.method, entry.budget), english)
+            if found is not None and whole is not None and whole.value:
+                ours = f"{found.value / whole.value:.3f}"
         quoted = f"{entry.score:.1f}", f"{entry.score / QUOTED_FULL:.3f}"
         rows.append([entry.method, str(entry.budget), *quoted, ours])
     return Table(
         "Beside the paper's figures",
         f"Quoted: {QUOTED_SOURCE}; its full cache has {QUOTED_FULL}. The last column is this run's "
-        "ratio to its own full cache, on its own model and tasks.",
+        "ratio to its own full cache, on its own model and those of LongBench's English sets that "
+        "it has; - where it has none.",
         ["method", "budget", "quoted score", "quoted ratio", "this run's ratio"],
         rows,
     )
@@ -189,12 +194,14 @@ def _shown(found: Interval, digits: int | None = None) -> str:
     def one(value: float) -> str:
         return f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
 
+    if found.low is None or found.high is None:
+        return one(found.value)
     return f"{one(found.value)} ({one(found.low)}-{one(found.high)})"
 
 
 def _with_ratio(found: Interval, full: float) -> str:
     ratio = f"{found.value / full:.2f}" if full else "-"
-    return f"{found.value:.1f} ({found.low:.1f}-{found.high:.1f}) {ratio}"
+    return f"{_shown(found, 1)} {ratio}"
 
 
 def _layer_mean(layers: list[tuple[float, ...]]) -> float:

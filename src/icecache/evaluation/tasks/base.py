@@ -47,11 +47,14 @@ class Source:
     haystack : Path, optional
         A text file in which needles are hidden; without one it is noise.
     length : int
-        Tokens of a generated prompt and its answer together.
+        Asked for: tokens of a generated prompt, its template and its answer together. What a
+        prompt is made of depends on this one, so that template and steps do not change it.
     tokenizer
         Counts tokens of generated prompts.
     seed : int
         Of generated prompts.
+    reserved : int
+        Tokens of the length that template and further steps take.
     """
 
     data: Path | None
@@ -59,6 +62,12 @@ class Source:
     length: int
     tokenizer: "PreTrainedTokenizerBase"
     seed: int = 0
+    reserved: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that are left for a generated prompt and its answer together."""
+        return self.length - self.reserved
 
 
 Score = Callable[[str, Sample], float]

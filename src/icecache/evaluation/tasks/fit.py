@@ -26,6 +26,8 @@ __all__ = [
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 # where needles may lie in a text, as RULER: 40 depths from the first sentence to the last
 _DEPTHS = 40
+# a unit of context has a token or more; far beyond this many a token it is empty
+_MOST_UNITS = 8
 
 
 class Draft(NamedTuple):
@@ -42,7 +44,7 @@ Make = Callable[[Random, int], Draft]
 def fitted_samples(
     name: str, source: Source, make: Make, least: int, answer_tokens: int
 ) -> Iterator[Sample]:
-    """Yield samples whose prompt, with room for the answer, has at most ``source.length`` tokens.
+    """Yield samples whose prompt, with room for the answer, has at most ``source.room`` tokens.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def fitted_samples(
     Raises
     ------
     InputError
-        If not even the smallest amount fits.
+        If not even the smallest amount fits, or more and more makes the prompt no longer.
     """
     index = 0
     while True:
@@ -80,16 +82,20 @@ def _largest(
     def fits(amount: int) -> bool:
         draft = make(Random(seed), amount)
         ids = source.tokenizer(draft.prompt + draft.prefix, verbose=False)["input_ids"]
-        return len(ids) + answer_tokens <= source.length
+        return len(ids) + answer_tokens <= source.room
 
     if not fits(least):
         raise InputError(
             f"{name}: a prompt of {source.length} tokens, answer included, is too short for this "
             "task; raise --lengths"
         )
-    # a unit of context has a token at least, so this bound is never reached
     low, high = least, least + 1
     while fits(high):
+        if high > _MOST_UNITS * (least + source.room):
+            raise InputError(
+                f"{name}: {high:,} units of context still fit {source.length:,} tokens, it does "
+                "not grow; the task has nothing to fill a prompt with"
+            )
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

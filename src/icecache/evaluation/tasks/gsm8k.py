@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from icecache.errors import InputError
-from icecache.evaluation.metrics.exact import final_number
+from icecache.evaluation.metrics.exact import final_number, is_number
 from icecache.evaluation.tasks.base import Sample, Source, Task
 from icecache.evaluation.tasks.rows import Hub, Row, read_rows, text_of, where_of
 
@@ -37,8 +37,11 @@ def _load(source: Source) -> Iterator[Sample]:
     examples = "".join(f"{_asked(row)}{_worked(row)}\n\n" for row in rows[-SHOTS:])
     for number, row in enumerate(rows[:-SHOTS]):
         marked = text_of(row, "answer").rsplit("####", 1)
-        if len(marked) < 2:
-            raise InputError(f"{where_of(row)}: field 'answer' must end in #### NUMBER")
+        if len(marked) < 2 or not is_number(marked[1].strip()):
+            end = text_of(row, "answer")[-20:]
+            raise InputError(
+                f"{where_of(row)}: field 'answer' must end in #### NUMBER, it ends in {end!r}"
+            )
         yield Sample(id=str(number), prompt=examples + _asked(row), answers=(marked[1].strip(),))
 
 

@@ -1,6 +1,7 @@
 """LongBench (arXiv 2308.14508): 16 English and 5 Chinese sets, prompts and metrics as published."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.resources import files
@@ -93,7 +94,19 @@ def _load(name: str, source: Source) -> Iterator[Sample]:
     names = (f"longbench/{name}.jsonl", f"{name}.jsonl")
     template = _templates()[name]
     for number, row in enumerate(read_rows(source.data, names, hub)):
-        yield _sample(row, number, template)
+        sample = _sample(row, number, template)
+        _check(name, sample, where_of(row))
+        yield sample
+
+
+def _check(name: str, sample: Sample, where: str) -> None:
+    """Raise `InputError` on answers that the set's metric cannot take."""
+    if _SETS[name].score is _classified and not sample.classes:
+        raise InputError(f"{where}: field 'all_classes' must be a list of texts, {name} needs it")
+    if name.startswith("passage_retrieval"):
+        for answer in sample.answers:
+            if re.search(r"\d", answer) is None:
+                raise InputError(f"{where}: an answer of {name} must hold a number, got {answer!r}")
 
 
 def _sample(row: Row, number: int, template: str) -> Sample:
@@ -103,15 +116,23 @@ def _sample(row: Row, number: int, template: str) -> Sample:
         prompt = template.format(context=text_of(row, "context"), input=text_of(row, "input"))
     # some copies of the sets keep both in one object
     nested = row["answers"] if isinstance(row.get("answers"), dict) else row
-    answers, classes = nested.get("answers"), nested.get("all_classes") or ()
-    if not isinstance(answers, list) or not answers:
-        raise InputError(f"{where_of(row)}: field 'answers' must be a list of texts")
+    answers = _texts(nested, "answers", where_of(row))
+    if not answers:
+        raise InputError(f"{where_of(row)}: field 'answers' must be a list of texts, got []")
+    has_classes = nested.get("all_classes") is not None
     return Sample(
         id=str(row.get("id", row.get("_id", number))),
         prompt=prompt,
-        answers=tuple(map(str, answers)),
-        classes=tuple(map(str, classes)),
+        answers=answers,
+        classes=_texts(nested, "all_classes", where_of(row)) if has_classes else (),
     )
+
+
+def _texts(row: Row, key: str, where: str) -> tuple[str, ...]:
+    value = row.get(key)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{where}: field {key!r} must be a list of texts, got {repr(value)[:60]}")
+    return tuple(value)
 
 
 def _templates() -> dict[str, str]:

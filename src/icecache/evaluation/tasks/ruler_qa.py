@@ -1,17 +1,15 @@
 """RULER's question answering (arXiv 2404.06654): a few documents that answer, among many others."""
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
-from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
 
 from icecache.errors import InputError
 from icecache.evaluation.metrics.exact import contains_any
 from icecache.evaluation.tasks.base import Sample, Source, Task
 from icecache.evaluation.tasks.fit import Draft, adjectives, fitted_samples, nouns
+from icecache.evaluation.tasks.qa_files import Question, hotpot_questions, squad_questions
 from icecache.evaluation.tasks.rows import Hub
 
 __all__ = ["qa_tasks"]
@@ -24,14 +22,6 @@ _ASK = (
     "Question: {question}"
 )
 _PREFIX = " Answer:"
-
-
-class Question(NamedTuple):
-    """A question, its answers, and the documents that hold them."""
-
-    question: str
-    answers: tuple[str, ...]
-    documents: tuple[str, ...]
 
 
 def qa_tasks() -> list[Task]:
@@ -87,39 +77,24 @@ def _load_squad(name: str, source: Source) -> Iterator[Sample]:
             if row["answers"]["text"]
         ]
     else:
-        found = _squad_questions(_read(source.data / "squad.json"))
+        found = squad_questions(source.data / "squad.json")
     return _among_others(name, source, found)
-
-
-def _squad_questions(content: Any) -> list[Question]:
-    return [
-        Question(
-            entry["question"],
-            tuple(answer["text"] for answer in entry["answers"]),
-            (paragraph["context"],),
-        )
-        for article in content["data"]
-        for paragraph in article["paragraphs"]
-        for entry in paragraph["qas"]
-        if not entry.get("is_impossible")
-    ]
 
 
 def _load_hotpot(name: str, source: Source) -> Iterator[Sample]:
     if source.data is None:
         rows = Hub("hotpotqa/hotpot_qa", name="distractor", split="validation").rows()
-        pairs = [(row, zip(row["context"]["title"], row["context"]["sentences"])) for row in rows]
+        found = [
+            Question(row["question"], (row["answer"],), tuple(_documents(**row["context"])))
+            for row in rows
+        ]
     else:
-        pairs = [(row, row["context"]) for row in _read(source.data / "hotpotqa.json")]
-    found = [
-        Question(
-            row["question"],
-            (row["answer"],),
-            tuple(f"{title}\n{''.join(sentences)}" for title, sentences in context),
-        )
-        for row, context in pairs
-    ]
+        found = hotpot_questions(source.data / "hotpotqa.json")
     return _among_others(name, source, found)
+
+
+def _documents(title: list[str], sentences: list[list[str]]) -> Iterator[str]:
+    return (f"{head}\n{''.join(text)}" for head, text in zip(title, sentences))
 
 
 def _among_others(name: str, source: Source, questions: list[Question]) -> Iterator[Sample]:
@@ -131,6 +106,11 @@ def _among_others(name: str, source: Source, questions: list[Question]) -> Itera
         if index == len(questions):
             return
         entry = questions[index]
+        if set(others) <= set(entry.documents):
+            raise InputError(
+                f"{name}: question {index} of the data set must have documents of other questions "
+                "to be put among, there are none"
+            )
         make = partial(_make_among, entry, others)
         least = len(entry.documents)
         samples = fitted_samples(f"{name}/{index}", source, make, least, _ANSWER_TOKENS)
@@ -148,8 +128,8 @@ def _make_among(entry: Question, others: list[str], random: Random, amount: int)
     pool = [text for text in others if text not in mine]
     wanted = amount - len(entry.documents)
     # more documents than there are: they come again, as in RULER
-    added = [text for _ in range(wanted // len(pool)) for text in pool] if pool else []
-    documents = [*entry.documents, *added, *random.sample(pool, wanted - len(added) if pool else 0)]
+    added = [text for _ in range(wanted // len(pool)) for text in pool]
+    documents = [*entry.documents, *added, *random.sample(pool, wanted - len(added))]
     random.shuffle(documents)
     context = _numbered(documents)
     return Draft(_ASK.format(context=context, question=entry.question), _PREFIX, entry.answers)
@@ -157,12 +137,3 @@ def _make_among(entry: Question, others: list[str], random: Random, amount: int)
 
 def _numbered(documents: list[str]) -> str:
     return "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"data file cannot be read: {path} ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
