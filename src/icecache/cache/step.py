@@ -1,5 +1,7 @@
 """A decode step: one new token of each row is taken in and attended."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor
 
 from icecache.cache.context import Context
@@ -10,7 +12,7 @@ from icecache.config import IceCacheConfig
 __all__ = ["Stepping"]
 
 
-class Stepping:
+class Stepping(ABC):
     """The part of `IceCacheLayer` that takes decode steps."""
 
     config: IceCacheConfig
@@ -22,17 +24,18 @@ class Stepping:
     _fused: FusedStep | None = None
 
     @property
-    def _context(self) -> Context | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _context(self) -> Context | None: ...
 
+    @abstractmethod
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in new tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crop(self, num_tokens: int) -> None:
         """Drop the latest tokens of every row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -42,7 +45,6 @@ class Stepping:
         sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Attend the latest tokens' queries to the context."""
-        raise NotImplementedError
 
     def step(
         self,
