@@ -15,7 +15,7 @@ setup(
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
                     *("search", "given", "step", "dense", "decode", "path"),
-                    *("grow", "insert", "group", "pack", "fill"),
+                    *("grow", "insert", "group", "pack", "fill", "products"),
                 )
             ],
             depends=[
@@ -23,7 +23,7 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best", "dots"),
+                    *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

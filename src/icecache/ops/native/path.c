@@ -30,6 +30,19 @@ static void offer(Beam *beam, int64_t most, float distance, int32_t id, int32_t 
     beam->distance[at] = distance;
 }
 
+/* Ask for the children of all that a beam holds; they lie in many places. */
+static void expect_children(const Beam *beam, const Level *of, const Level *below, int64_t row,
+                            int64_t dim) {
+    const int32_t *first = of->first + row * of->capacity;
+    int64_t row_below = row * below->capacity;
+    for (int64_t b = 0; b < beam->num; b++) prefetch(below->next + row_below + first[beam->id[b]], 4);
+    for (int64_t b = 0; b < beam->num; b++)
+        for (int32_t id = first[beam->id[b]]; id >= 0; id = below->next[row_below + id]) {
+            prefetch(below->key_mean + (row_below + id) * dim, dim);
+            prefetch(below->key_scale + row_below + id, 2);
+        }
+}
+
 static inline void distance_of(int64_t dim, const Level *level, int64_t at, const float *point,
                                float *distance) {
     _Alignas(64) float mean[MAX_DIM];
@@ -60,6 +73,7 @@ CLONES static int64_t descend(const Shape *s, const Tree *t, int64_t row, const 
                 offer(found, most, distance_to(of, first + id, point, s->dim), id, -1);
             continue;
         }
+        expect_children(above, of + 1, of, row, s->dim);
         for (int32_t b = 0; b < above->num; b++) {
             int32_t id = t->level[level + 1].first[row * t->level[level + 1].capacity + above->id[b]];
             for (; id >= 0; id = of->next[first + id])

@@ -10,35 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "dots.h"
+#include "products.h"
 #include "vector.h"
 
 #define SAMPLED 128
 #define NODES_AHEAD 12
-
-/* Dot products of at most DOTS entries with all heads. */
-static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
-                             const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
-    _Alignas(64) float mean[DOTS * MAX_DIM];
-    for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
-    if (block == DOTS && can_dots(dim, heads)) {
-        dots(dim, heads, query, mean, out, stride);
-        return;
-    }
-    for (int64_t g = 0; g < heads; g++)
-        for (int64_t k = 0; k < block; k++)
-            out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
-}
-
-static inline void dot_entries(int64_t dim, const Level *level, int64_t row, const float *query,
-                               int64_t heads, const int32_t *id, int64_t num, float *out,
-                               int64_t stride) {
-    const int8_t *codes = level->key_mean + row * level->capacity * dim;
-    int64_t i = 0;
-    for (; i + DOTS <= num; i += DOTS)
-        dot_block(dim, DOTS, query, heads, codes, id + i, out + i, stride);
-    dot_block(dim, num - i, query, heads, codes, id + i, out + i, stride);
-}
 
 static int64_t top_level(const Tree *t, int64_t row) {
     int64_t level = 0;
@@ -70,8 +46,9 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     const float largest = level ? LARGEST_NODE_CORRECTION : LARGEST_LEAF_CORRECTION;
     int32_t *id = f->id + from;
     memset(f->level + from, (int)level, (size_t)num);
-    BY_DIM(s->dim, dot_entries, of, row, query, s->heads, id, num, f->logits + from, f->stride)
-    if (level == 0 && is_flat(s, t, row)) {
+    PerHead logits = {f->logits + from, s->heads, f->stride};
+    icecache_dot_entries(s->dim, query, of->key_mean + first * s->dim, id, num, logits);
+    if (f->is_flat) {
         read_all_leaves(of, first, num, s->scaling, log_of, f, from);
     } else {
         for (int64_t i = 0; i < num; i++) {
@@ -87,20 +64,20 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
         const float *q = query + g * s->dim;
         float half_norm = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
         float centre = s->scaling * dot(q, t->centre + row * s->dim, s->dim);
-        float *logits = f->logits + g * f->stride + from;
+        float *logit = f->logits + g * f->stride + from;
         float *correction = f->correction + g * f->stride + from;
         if (s->softcap <= 0.0f) {
             for (int64_t i = 0; i < num; i++) {
                 float second = half_norm * spread[i];
-                logits[i] = scale[i] * logits[i] + (centre + more[i]);
+                logit[i] = scale[i] * logit[i] + (centre + more[i]);
                 correction[i] = second < largest ? second : largest;
             }
         } else {
             for (int64_t i = 0; i < num; i++) {
-                float squashed = tanhf((scale[i] * logits[i] + centre) / s->softcap);
+                float squashed = tanhf((scale[i] * logit[i] + centre) / s->softcap);
                 float slope = 1.0f - squashed * squashed;
                 float second = half_norm * spread[i] * slope * slope;
-                logits[i] = s->softcap * squashed + more[i];
+                logit[i] = s->softcap * squashed + more[i];
                 correction[i] = second < largest ? second : largest;
             }
         }
@@ -251,7 +228,8 @@ static void choose(const Shape *s, Found *f, int64_t num) {
 
 void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
                          const float *fixed_lse, const float *log_of, Found *f) {
-    int64_t level = is_flat(s, t, row) ? 0 : top_level(t, row), num = t->level[level].num[row];
+    f->is_flat = is_flat(s, t, row);
+    int64_t level = f->is_flat ? 0 : top_level(t, row), num = t->level[level].num[row];
     f->num_far = f->nodes_scored = 0;
     memcpy(f->lse, fixed_lse, sizeof(float) * (size_t)s->heads);
     for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
@@ -267,6 +245,7 @@ void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float
 void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
                        const float *log_of, Found *f) {
     int64_t num = t->level[0].num[row];
+    f->is_flat = 1;
     f->num_far = f->nodes_scored = 0;
     f->num = num;
     for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;

@@ -12,6 +12,7 @@
  * leaves to be attended exactly; the others are attended through their summaries. */
 typedef struct {
     int64_t stride, num_far, num, nodes_scored, selected;
+    int is_flat; /* entry i is leaf i */
     int32_t *id;
     uint8_t *level, *chosen;
     float *logits, *correction; /* [heads, stride] */

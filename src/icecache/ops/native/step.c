@@ -10,12 +10,13 @@
 
 #include "decode.h"
 #include "layer.h"
+#include "products.h"
 #include "search.h"
 #include "vector.h"
 
 /* Of all rows: from which on a second thread is worth waking. */
 #define LEAST_ENTRIES 8192
-#define ENTRIES_AHEAD 12
+#define ENTRIES_AHEAD 64
 
 /* Room for the tokens that a row attends exactly. */
 typedef struct {
@@ -55,35 +56,28 @@ static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
     }
 }
 
-static inline const int8_t *value_of(int64_t dim, const Tree *t, int64_t row, const Found *f,
-                                     int64_t entry) {
-    const Level *of = t->level + f->level[entry];
-    return of->value_mean + (row * of->capacity + f->id[entry]) * dim;
+/* Name the values of a block of entries, and ask for them. */
+static int64_t name_values(const Shape *s, const Tree *t, int64_t row, const Found *f, int64_t from,
+                           const int8_t **value) {
+    int64_t num = f->num - from < ENTRIES_AHEAD ? f->num - from : ENTRIES_AHEAD;
+    for (int64_t i = 0; i < num; i++) {
+        const Level *of = t->level + f->level[from + i];
+        value[i] = of->value_mean + (row * of->capacity + f->id[from + i]) * s->dim;
+        prefetch(value[i], s->dim);
+    }
+    return num > 0 ? num : 0;
 }
 
-static inline void attend_entries(int64_t dim, const Shape *s, const Tree *t, int64_t row,
-                                  const Found *f, float *out) {
-    _Alignas(64) float value[4 * MAX_DIM];
-    int64_t i = 0;
-    for (; i + 4 <= f->num; i += 4) {
-        for (int64_t k = 0; k < 4; k++) {
-            if (i + k + ENTRIES_AHEAD < f->num)
-                prefetch(value_of(dim, t, row, f, i + k + ENTRIES_AHEAD), dim);
-            from_int8(value_of(dim, t, row, f, i + k), value + k * dim, dim);
-        }
-        for (int64_t g = 0; g < s->heads; g++) {
-            /* 0 where chosen */
-            const float *w = f->logits + g * f->stride + i;
-            float *to = out + g * dim;
-            for (int64_t d = 0; d < dim; d++)
-                to[d] += w[0] * value[d] + w[1] * value[dim + d] + w[2] * value[2 * dim + d] +
-                         w[3] * value[3 * dim + d];
-        }
-    }
-    for (; i < f->num; i++) {
-        from_int8(value_of(dim, t, row, f, i), value, dim);
-        for (int64_t g = 0; g < s->heads; g++)
-            add_scaled(out + g * dim, f->logits[g * f->stride + i], value, dim);
+/* Weights are 0 where chosen. */
+static void attend_entries(const Shape *s, const Tree *t, int64_t row, const Found *f, float *out) {
+    const int8_t *value[2][ENTRIES_AHEAD];
+    int64_t num = name_values(s, t, row, f, 0, value[0]);
+    for (int64_t from = 0, block = 0; num > 0; block ^= 1) {
+        int64_t next = name_values(s, t, row, f, from + num, value[block ^ 1]);
+        PerHead weight = {f->logits + from, s->heads, f->stride};
+        icecache_add_entries(s->dim, weight, value[block], num, out);
+        from += num;
+        num = next;
     }
 }
 
@@ -109,11 +103,21 @@ CLONES static void score_fixed(const Shape *s, const Segment *segments, int64_t 
     e->num = e->num_fixed;
 }
 
+/* The first chosen entry from `i` on, f->num if there is none: few of many are. */
+static inline int64_t next_chosen(const Found *f, int64_t i) {
+    for (uint64_t eight = 0; i + 8 <= f->num; i += 8) {
+        memcpy(&eight, f->chosen + i, 8);
+        if (eight) break;
+    }
+    while (i < f->num && !f->chosen[i]) i++;
+    return i;
+}
+
 /* Collect the tokens of the chosen leaves, leaf by leaf in their order. */
 static void gather(const Shape *s, const Tree *t, const Pages *p, int64_t row, const Found *f,
                    Exact *e, int32_t *positions) {
-    for (int64_t i = f->num_far; i < f->num; i++) {
-        if (!f->chosen[i]) continue;
+    int64_t size = s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t i = next_chosen(f, f->num_far); i < f->num; i = next_chosen(f, i + 1)) {
         int64_t leaf = row * t->level[0].capacity + f->id[i];
         int64_t page = pool_page(p, row, t->page[leaf]);
         uint8_t slots[256];
@@ -121,6 +125,9 @@ static void gather(const Shape *s, const Tree *t, const Pages *p, int64_t row, c
         for (int64_t k = 0; k < num; k++) {
             int64_t n = e->num++ - e->num_fixed;
             e->token[n] = (page * 2 * s->page_size + slots[k]) * s->dim;
+            const char *key = (const char *)p->data + e->token[n] * size;
+            prefetch(key, s->dim * size);
+            prefetch(key + s->page_size * s->dim * size, s->dim * size);
             if (positions) positions[n] = p->positions[page * s->page_size + slots[k]];
         }
     }
@@ -131,21 +138,31 @@ CLONES static void score_selected(const Shape *s, const Pages *p, const float *q
            e->logits + e->num_fixed, e->stride)
 }
 
-/* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
-CLONES static void normalise(const Shape *s, const Tree *t, int64_t row, const float *sink_logits,
-                             Exact *e, Found *f) {
-    for (int64_t i = 0; i < f->num && s->remainder; i++) {
+static inline void read_value_scales(const Tree *t, int64_t row, Found *f) {
+    if (f->is_flat) {
+        const uint16_t *scale = t->level[0].value_scale + row * t->level[0].capacity;
+        for (int64_t i = 0; i < f->num; i++) f->scale[i] = from_bfloat16(scale[i]);
+        return;
+    }
+    for (int64_t i = 0; i < f->num; i++) {
         const Level *of = t->level + f->level[i];
         f->scale[i] = from_bfloat16(of->value_scale[row * of->capacity + f->id[i]]);
     }
+}
+
+/* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
+CLONES static void normalise(const Shape *s, const Tree *t, int64_t row, const float *sink_logits,
+                             Exact *e, Found *f) {
+    if (s->remainder) read_value_scales(t, row, f);
     for (int64_t g = 0; g < s->heads; g++) {
         float *exact = e->logits + g * e->stride, *rest = f->logits + g * f->stride;
         const float *co = f->correction + g * f->stride;
-        float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f;
+        float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f, share = s->spread_weight;
         for (int64_t k = 0; k < e->num; k++) top = larger(top, exact[k]);
         if (s->remainder) {
-            for (int64_t i = 0; i < f->num; i++)
-                rest[i] = f->chosen[i] ? -1e30f : rest[i] + s->spread_weight * co[i];
+            for (int64_t i = 0; i < f->num; i++) rest[i] += share * co[i];
+            for (int64_t i = next_chosen(f, 0); i < f->num; i = next_chosen(f, i + 1))
+                rest[i] = -1e30f;
             for (int64_t i = 0; i < f->num; i++) top = larger(top, rest[i]);
             for (int64_t i = 0; i < f->num; i++) {
                 rest[i] = exponential(rest[i] - top);
@@ -178,7 +195,7 @@ CLONES static void attend(const Shape *s, const Tree *t, const Pages *p, const S
     if (e->num > at)
         BY_DIM(s->dim, attend_tokens, s, p->data, e->token, 0, e->num - at, e->logits + at,
                e->stride, out)
-    if (s->remainder) BY_DIM(s->dim, attend_entries, s, t, row, f, out)
+    if (s->remainder) attend_entries(s, t, row, f, out);
 }
 
 /* What one thread works in. */

@@ -1,0 +1,120 @@
+#include "products.h"
+
+#include <string.h>
+
+#include "dots.h"
+#include "layer.h"
+#include "vector.h"
+#include "wide.h"
+
+#if defined(WIDE_TARGET)
+WIDE_INLINE void dot_wide_heads(int64_t heads, int64_t dim, const float *query, const int8_t *codes,
+                                const int32_t *id, int64_t num, float *out, int64_t stride) {
+    for (int64_t i = 0; i < num; i += WIDE_ENTRIES) {
+        const int8_t *entry[WIDE_ENTRIES];
+        /* behind the last entry, the last once more */
+        for (int64_t k = 0; k < WIDE_ENTRIES; k++)
+            entry[k] = codes + (int64_t)id[i + k < num ? i + k : num - 1] * dim;
+        float found[WIDE];
+        _mm512_storeu_ps(found, wide_dots(dim, heads, query, entry));
+        int64_t here = num - i;
+        for (int64_t g = 0; g < heads && here >= WIDE_ENTRIES; g++)
+            memcpy(out + g * stride + i, found + WIDE_ENTRIES * g, sizeof(float) * WIDE_ENTRIES);
+        for (int64_t g = 0; g < heads && here < WIDE_ENTRIES; g++)
+            memcpy(out + g * stride + i, found + WIDE_ENTRIES * g, sizeof(float) * (size_t)here);
+    }
+}
+
+WIDE_INLINE void dot_wide(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,
+                          int64_t num, PerHead out) {
+    for (int64_t g = 0; g < out.heads; g += WIDE_HEADS)
+        BY_HEADS(out.heads - g, dot_wide_heads, dim, query + g * dim, codes, id, num,
+                 out.data + g * out.stride, out.stride)
+}
+
+WIDE_TARGET static void dot_wide_entries(int64_t dim, const float *query, const int8_t *codes,
+                                         const int32_t *id, int64_t num, PerHead out) {
+    BY_DIM(dim, dot_wide, query, codes, id, num, out)
+}
+
+WIDE_INLINE void add_wide_heads(int64_t heads, int64_t dim, PerHead weight,
+                                const int8_t *const *codes, int64_t num, float *out) {
+    int64_t at = 0;
+    for (; at + 4 * WIDE <= dim; at += 4 * WIDE)
+        wide_add(4, heads, weight.data, weight.stride, codes, at, num, out + at, dim);
+    for (; at < dim; at += WIDE)
+        wide_add(1, heads, weight.data, weight.stride, codes, at, num, out + at, dim);
+}
+
+WIDE_TARGET static void add_wide_entries(int64_t dim, PerHead weight, const int8_t *const *codes,
+                                         int64_t num, float *out) {
+    for (int64_t g = 0; g < weight.heads; g += WIDE_HEADS) {
+        PerHead some = {weight.data + g * weight.stride, WIDE_HEADS, weight.stride};
+        BY_HEADS(weight.heads - g, add_wide_heads, dim, some, codes, num, out + g * dim)
+    }
+}
+#endif
+
+/* Dot products of at most DOTS entries with all heads. */
+static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
+                             const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
+    _Alignas(64) float mean[DOTS * MAX_DIM];
+    for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
+    if (block == DOTS && can_dots(dim, heads)) {
+        dots(dim, heads, query, mean, out, stride);
+        return;
+    }
+    for (int64_t g = 0; g < heads; g++)
+        for (int64_t k = 0; k < block; k++)
+            out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
+}
+
+static inline void dot_blocks(int64_t dim, const float *query, const int8_t *codes,
+                              const int32_t *id, int64_t num, PerHead out) {
+    int64_t i = 0;
+    for (; i + DOTS <= num; i += DOTS)
+        dot_block(dim, DOTS, query, out.heads, codes, id + i, out.data + i, out.stride);
+    dot_block(dim, num - i, query, out.heads, codes, id + i, out.data + i, out.stride);
+}
+
+CLONES static void dot_all(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,
+                           int64_t num, PerHead out) {
+    BY_DIM(dim, dot_blocks, query, codes, id, num, out)
+}
+
+static inline void add_blocks(int64_t dim, PerHead weight, const int8_t *const *codes, int64_t num,
+                              float *out) {
+    _Alignas(64) float value[MAX_DIM];
+    for (int64_t i = 0; i < num; i++) {
+        from_int8(codes[i], value, dim);
+        for (int64_t g = 0; g < weight.heads; g++)
+            add_scaled(out + g * dim, weight.data[g * weight.stride + i], value, dim);
+    }
+}
+
+CLONES static void add_all(int64_t dim, PerHead weight, const int8_t *const *codes, int64_t num,
+                           float *out) {
+    BY_DIM(dim, add_blocks, weight, codes, num, out)
+}
+
+void icecache_dot_entries(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,
+                          int64_t num, PerHead out) {
+#if defined(WIDE_TARGET)
+    if (can_go_wide(dim)) {
+        dot_wide_entries(dim, query, codes, id, num, out);
+        return;
+    }
+#endif
+    dot_all(dim, query, codes, id, num, out);
+}
+
+void icecache_add_entries(int64_t dim, PerHead weight, const int8_t *const *codes, int64_t num,
+                          float *out) {
+#if defined(WIDE_TARGET)
+    if (can_go_wide(dim)) {
+        add_wide_entries(dim, weight, codes, num, out);
+        return;
+    }
+#endif
+    add_all(dim, weight, codes, num, out);
+}
