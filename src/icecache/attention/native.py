@@ -79,7 +79,7 @@ def attend_native(
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out = torch.empty_like(ask.query)
     selects = config.layer_reuse > 1 and ask.positions is None
-    positions = _no_positions(ask, spans, config) if selects else None
+    positions = _no_positions(ask, _room(spans, config)) if selects else None
     return _call(ask, spans, stored, config, out, positions)
 
 
@@ -94,19 +94,22 @@ def search_native(
     ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
 ) -> NativeStep:
     """Say which tokens a step would select; arguments as in `attend_native`."""
-    return _call(ask, spans, stored, config, None, _no_positions(ask, spans, config))
+    return _call(ask, spans, stored, config, None, _no_positions(ask, _room(spans, config)))
 
 
-def _no_positions(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
-    room = max(0, config.budget - _most_fixed(spans))
-    return torch.full((ask.query.shape[0], room), -1, dtype=torch.int32)
+def _room(spans: list[Span], config: IceCacheConfig) -> int:
+    return config.budget - _most_fixed(spans)
 
 
-def _padded(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor | None:
+def _no_positions(ask: Ask, room: int) -> Tensor:
+    return torch.full((ask.query.shape[0], max(0, room)), -1, dtype=torch.int32)
+
+
+def _padded(ask: Ask, room: int) -> Tensor | None:
     """Return the given positions, as many a row as there is room for."""
     if ask.positions is None:
         return None
-    positions, given = _no_positions(ask, spans, config), ask.positions.long()
+    positions, given = _no_positions(ask, room), ask.positions.long()
     # the tree holds no position that int32 does not
     given = given.masked_fill((given < 0) | (given >= _POSITIONS), -1)
     positions[:, : given.shape[1]] = given
@@ -125,7 +128,7 @@ def segment(span: Span) -> Segment:
 
 
 def _most_fixed(spans: list[Span]) -> int:
-    total: np.ndarray = sum((span.lens for span in spans[1:]), spans[0].lens)
+    total = spans[0].lens if len(spans) == 1 else spans[0].lens + spans[1].lens
     return int(total.max())
 
 
@@ -138,13 +141,14 @@ def _call(
     positions: Tensor | None,
 ) -> NativeStep:
     rows, heads, dim = ask.query.shape
+    room = 0 if stored is None else _room(spans, config)
     shape = Shape(
         rows=rows,
         heads=heads,
         dim=dim,
         leaf_size=config.leaf_size,
         page_size=config.page_size,
-        room=0 if stored is None else config.budget - _most_fixed(spans),
+        room=room,
         most_children=2 * config.fan_out,
         crossover=config.most_flat_leaves if ask.positions is None else _EVERY_LEAF,
         field_of_view=config.field_of_view,
@@ -159,7 +163,7 @@ def _call(
         segments[i] = segment(span)
     sinks = None if ask.sink_logits is None else ask.sink_logits.float().contiguous()
     num_attended = torch.empty(rows, dtype=torch.int32)
-    given = _padded(ask, spans, config)
+    given = _padded(ask, room)
     result = Result(pointer(out), pointer(num_attended), pointer(positions), pointer(given))
     failed = load().icecache_sparse_step(
         ctypes.byref(shape),

@@ -134,12 +134,10 @@ class Context:
         """Return sink and window where they lie; the same tokens as `fixed`."""
         heads = self._num_kv_heads
         keys, values, start = self.tail.buffers()
-        sink, latest, first = (
-            np.array(_repeat(each, heads), dtype=np.int32)
-            for each in (self._sink_lens, self.tail.lens, start)
-        )
+        parts = (self._sink_lens, [0] * self.batch_size, self.tail.lens, start)
+        sink, nothing, latest, first = np.array(parts, dtype=np.int32).repeat(heads, axis=1)
         return [
-            Span(self._sink_keys, self._sink_values, np.zeros_like(sink), sink),
+            Span(self._sink_keys, self._sink_values, nothing, sink),
             Span(keys, values, first, latest),
         ]
 
