@@ -97,7 +97,8 @@ def ask(client: openai.OpenAI, messages: list[dict[str, str]], new_tokens: int) 
 
 def prompts(clients: int) -> list[list[dict[str, str]]]:
     """Return one conversation a client, each about its own part of the log."""
-    words = (files("icecache.cli") / "data/expedition.txt").read_text(encoding="utf-8").split()
+    # twice, for the longest takes more than the log has
+    words = (files("icecache.cli") / "data/expedition.txt").read_text(encoding="utf-8").split() * 2
     conversations = []
     for number in range(clients):
         share = number / max(1, clients - 1)
