@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icecache.engine import Sampling
+from icecache.engine import Sampling, store
 from icecache.engine.store import Store
 from icecache.errors import InputError
 from tests.engine.asking import CACHE, engine_of, llama, prompt, run
@@ -102,6 +102,26 @@ def test_a_restart_finds_them_on_disk(tmp_path: Path) -> None:
         again = run(engine, more)
         assert again.num_cached == 307
         assert again.answer == second.answer
+
+
+def test_memory_is_given_back_once_nobody_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+    monkeypatch.setattr(store, "give_back", lambda: calls.append(engine.num_running))
+    with engine_of(llama(), forget_seconds=60) as engine:
+        engine._store = Store(engine._runner, engine.settings, clock=lambda: now[0])
+        engine.rest()
+        assert calls == []
+        run(engine, prompt(0, 300))
+        assert calls == []
+        engine.rest()
+        engine.rest()
+        assert calls == [0]
+        now[0] = 61.0
+        engine.rest()
+        assert calls == [0, 0]
+        engine._store.drop([])
+        engine.rest()
+        assert calls == [0, 0, 0]
 
 
 def test_idle_ones_are_written_and_leave_the_memory(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Host memory is asked about before it is taken."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,11 @@ import pytest
 from icecache import IceCacheLayer
 from icecache.errors import HostMemoryExceeded
 from icecache.store import memory
-from icecache.store.memory import available_host_bytes, check_host_limit, check_host_memory
+from icecache.store.memory import (
+    available_host_bytes,
+    check_host_limit,
+    check_host_memory,
+)
 from tests.helpers import make_query, make_tokens, small_layer
 
 
@@ -33,6 +40,28 @@ def test_exactly_what_is_free_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(HostMemoryExceeded) as caught:
         check_host_memory(1001)
     assert (caught.value.needed, caught.value.free) == (1001, 1000)
+
+
+_FRAGMENTED = """
+import re, sys
+from icecache.store.memory import give_back
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+# below the size that is mapped by itself, with one that stays behind each one that goes
+blocks = [bytearray(100_000) for _ in range(2000)]
+del blocks[::2]
+before = resident()
+given = give_back()
+print(given, before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
+def test_freed_memory_between_blocks_in_use_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _FRAGMENTED], capture_output=True, text=True)
+    given, num_bytes = done.stdout.split()
+    assert given == "True"
+    assert int(num_bytes) > 80_000_000
 
 
 def test_exactly_the_limit_may_be_taken() -> None:

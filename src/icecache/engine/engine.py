@@ -168,8 +168,8 @@ class Engine:
             raise
 
     def rest(self) -> None:
-        """Do what there is to do while no request runs: write idle conversations to disk."""
-        self._store.tidy()
+        """Do what there is to do while no request runs: write to disk, give back memory."""
+        self._store.rest()
 
     def tokens_of(self, text: str, cache: IceCacheConfig | None = None) -> tuple[list[int], str]:
         """Return the tokens of a stored conversation that `text` goes on with, and what is left.
@@ -315,8 +315,7 @@ class Engine:
         request.phase, request.finish = Phase.FINISHED, finish
         layers, request.layers = list(request.layers), ()
         if finish is Finish.ERROR or not layers:
-            for layer in layers:
-                layer.release()
+            self._store.drop(layers)
         else:
             text = self._text_of(request)
             ended = Conversation(

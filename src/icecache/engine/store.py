@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 
+from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
 from icecache.engine.archive import Archive
 from icecache.engine.conversations import Conversation, Conversations
 from icecache.engine.runner import Runner
 from icecache.engine.settings import EngineSettings
 from icecache.errors import SnapshotMismatch
+from icecache.store.memory import give_back
 
 __all__ = ["Store"]
 
@@ -35,6 +37,7 @@ class Store:
         self._kept = Conversations()
         self._archive: Archive | None = None
         self._nbytes: int | None = None
+        self._has_freed = False
         if settings.conversations is not None:
             self._archive = Archive(settings.conversations, runner.model, settings.max_disk)
             for each in self._archive.open():
@@ -91,7 +94,13 @@ class Store:
         conversation.used_at = self._clock()
         if not self._kept.add(conversation):
             conversation.release()
-        self._nbytes = None
+        self._nbytes, self._has_freed = None, True
+
+    def drop(self, layers: list[IceCacheLayer]) -> None:
+        """Let layers go that are no conversation."""
+        for layer in layers:
+            layer.release()
+        self._has_freed = True
 
     def make_room(self, wanted: int) -> None:
         """Free memory until conversations take at most so many bytes, as far as that goes."""
@@ -110,6 +119,13 @@ class Store:
             if idle >= self._settings.forget_seconds:
                 self._leave_memory(each)
         self._collect(wait=False)
+
+    def rest(self) -> None:
+        """`tidy`, and return to the system what requests and conversations have left behind."""
+        self.tidy()
+        if self._has_freed:
+            self._has_freed = False
+            give_back()
 
     def close(self) -> None:
         """Write everything that is not on disk yet, and let all memory go."""
@@ -138,7 +154,7 @@ class Store:
                     self._kept.remove(each)
 
     def _leave_memory(self, conversation: Conversation) -> None:
-        self._nbytes = None
+        self._nbytes, self._has_freed = None, True
         if self._archive is not None:
             self._write(conversation)
             if self._archive.is_writing(conversation):

@@ -1,11 +1,13 @@
-"""How much host memory may still be taken."""
+"""How much host memory may still be taken, and what is given back."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 from icecache.errors import HostMemoryExceeded
 
-__all__ = ["available_host_bytes", "check_host_limit", "check_host_memory"]
+__all__ = ["available_host_bytes", "check_host_limit", "check_host_memory", "give_back"]
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
@@ -50,3 +52,16 @@ def check_host_memory(needed: int) -> None:
     available = available_host_bytes()
     if available is not None and needed > available:
         raise HostMemoryExceeded(needed, available)
+
+
+def give_back() -> bool:
+    """Return to the operating system what the C library keeps of freed memory.
+
+    False where it cannot be asked to: glibc keeps gigabytes between blocks that are still in use,
+    others do not.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return False
+    trim(0)
+    return True
