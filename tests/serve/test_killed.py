@@ -39,7 +39,8 @@ engine = EngineSettings(prefill_chunk=64, conversations=folder, idle_seconds=0.0
 settings = ServeSettings(model_name="tiny")
 say = lambda line: print(line, flush=True)
 address = ("127.0.0.1", 0)
-run(*load(model, "float32"), engine, IceCacheConfig(budget=int(sys.argv[3])), settings, address, say=say)
+cache = IceCacheConfig(budget=int(sys.argv[3]))
+run(*load(model, "float32"), engine, cache, settings, address, say=say)
 """
 
 
