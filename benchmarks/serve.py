@@ -97,14 +97,13 @@ def ask(client: openai.OpenAI, messages: list[dict[str, str]], new_tokens: int) 
 
 def prompts(clients: int) -> list[list[dict[str, str]]]:
     """Return one conversation a client, each about its own part of the log."""
-    # twice, for the longest takes more than the log has
-    words = (files("icecache.cli") / "data/expedition.txt").read_text(encoding="utf-8").split() * 2
+    words = (files("icecache.cli") / "data/expedition.txt").read_text(encoding="utf-8").split()
     conversations = []
     for number in range(clients):
         share = number / max(1, clients - 1)
         tokens = SHORTEST * (LONGEST / SHORTEST) ** share
-        # the log has about 1.6 tokens a word; some room for the template
-        length = min(len(words), int((tokens - 60) / 1.6))
+        # the log has about 1.25 tokens a word; some room for the template
+        length = min(len(words), int((tokens - 60) / 1.25))
         first = (len(words) - length) * (number % 4) // 4
         text = " ".join(words[first : first + length])
         content = f"Note {number}. {text}\n\nTell at length what happened, in your own words."

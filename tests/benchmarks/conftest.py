@@ -1,12 +1,17 @@
 """The benchmarks are scripts that import each other by name, as `python benchmarks/x.py` does."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from decode_model import Subject
+    from transformers import LlamaConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -47,3 +52,38 @@ def kv_folder(tmp_path: Path, kv_shape: KVShape) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch have one: threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> "LlamaConfig":
+    """A shape named "tiny", so that the command line finds it."""
+    import decode_model
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    monkeypatch.setitem(decode_model.SHAPES, "tiny", config)
+    return config
+
+
+@pytest.fixture
+def subject(tiny: "LlamaConfig") -> "Subject":
+    """The model of that shape."""
+    from decode_model import load_subject
+
+    return load_subject("tiny", torch.float32)

@@ -1,5 +1,6 @@
 """Which conversations are in memory, which on disk, and which give way."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 
@@ -125,6 +126,7 @@ class Store:
         self.tidy()
         if self._has_freed:
             self._has_freed = False
+            gc.collect()
             give_back()
 
     def close(self) -> None:
