@@ -35,6 +35,9 @@ def run(
     *,
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="Go on although the results are of another version.")
+    ] = False,
 ) -> None:
     """Run every method at every budget on every sample, from one prefill a sample."""
     _check_installed()
@@ -45,7 +48,7 @@ def run(
         torch.set_num_threads(threads)
     runner = Runner(settings, *load(settings.model, settings.dtype))
     with RunDisplay(Console(stderr=True)) as display:
-        runner.run(out, display)
+        runner.run(out, display, mix=mix)
     typer.echo(f"{out}: complete; icecache eval report {out}")
 
 

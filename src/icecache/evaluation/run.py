@@ -107,10 +107,10 @@ class Runner:
         self._prompter = Prompter(tokenizer, settings.overlong)
         self.works = [self._choose(task, n) for task, n in self._tasks()]
 
-    def run(self, folder: Path, progress: Progress) -> None:
-        """Add to the folder whatever it lacks of this run; see `ResultStore.open` for errors."""
+    def run(self, folder: Path, progress: Progress, *, mix: bool = False) -> None:
+        """Add to the folder whatever it lacks of this run; `mix` and errors: `ResultStore.open`."""
         session = {**environment(), "prompts": self._prompter.manner}
-        with ResultStore.open(folder, self.settings, session) as store:
+        with ResultStore.open(folder, self.settings, session, mix=mix) as store:
             jobs = self._jobs()
             keys = [_key(work, prompt, cell) for work, prompt in jobs for cell in self._cells]
             progress.plan(len(keys), sum(key in store for key in keys))

@@ -26,6 +26,7 @@ STAMPS = (
     *("icecache", "commit", "torch", "transformers", "processor", "threads", "started"),
     "prompts",
 )
+_VERSIONS = ("icecache", "commit", "torch", "transformers")
 _SETTINGS_SHOWN = ("model", "dtype", "steps", "seed", "max_length", "overlong")
 
 
@@ -55,7 +56,7 @@ class ResultStore:
     @staticmethod
     @contextmanager
     def open(
-        folder: Path, settings: RunSettings, session: dict[str, Any]
+        folder: Path, settings: RunSettings, session: dict[str, Any], *, mix: bool = False
     ) -> "Iterator[ResultStore]":
         """Open a folder for adding, new or of an earlier session.
 
@@ -65,18 +66,22 @@ class ResultStore:
         settings : RunSettings
         session : dict
             Noted in ``sessions.jsonl``: the environment.
+        mix : bool, default False
+            Add to results of another commit or of other versions too.
 
         Raises
         ------
         InputError
             If the folder cannot be made or written to, holds something else or results of other
-            settings, or is in use.
+            settings or versions, or is in use.
         """
         lock = _locked(folder)
         try:
             _check_settings(folder / _SETTINGS, settings)
             store = ResultStore(folder)
             _cut_torn_line(folder / _SESSIONS)
+            if store.records and not mix and _whole_lines(folder / _SESSIONS):
+                _check_versions(load_sessions(folder)[-1], session, folder)
             _append(
                 folder / _SESSIONS, json.dumps({**session, "settings": settings.to_json()}) + "\n"
             )
@@ -129,10 +134,14 @@ def load_sessions(folder: Path) -> list[dict[str, Any]]:
         If there are none, or a line is no session: with file and line.
     """
     path = folder / _SESSIONS
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = _whole_lines(path)
     if not lines:
         raise InputError(f"{path} holds no session; run `icecache eval run` on")
     return [_session(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def _session(line: bytes, where: str) -> dict[str, Any]:
@@ -163,6 +172,16 @@ def _check_settings(path: Path, settings: RunSettings) -> None:
         changes = "; ".join(f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in other)
         raise InputError(
             f"{path.parent} holds results of other settings ({changes}); use another --out"
+        )
+
+
+def _check_versions(earlier: dict[str, Any], session: dict[str, Any], folder: Path) -> None:
+    other = [name for name in _VERSIONS if earlier[name] != session[name]]
+    if other:
+        changes = "; ".join(f"{name} {earlier[name]}, now {session[name]}" for name in other)
+        raise InputError(
+            f"{folder} holds results of another version ({changes}); "
+            "use another --out, or --mix to add to them all the same"
         )
 
 
