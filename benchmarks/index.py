@@ -6,7 +6,8 @@
 
 A row is one layer and one length of context. Search is scoring and choosing within the budget for
 one query token and all its heads; the exact scan does the same over every key in float32, and takes
-turns with it in one process, as the peers do. `error_ratio` is the error of the attention output
+turns with it in one process, as the peers do (`search_ms`; alone, with warm and with cold caches:
+`search_warm_ms`, `search_cold_ms`). `error_ratio` is the error of the attention output
 over that of a flat scan of every leaf, `topk_ratio` over that of the exact top-k tokens, `recall`
 the attention mass of the selected tokens over that of the exact top-k ones.
 """
@@ -189,7 +190,15 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     rows = [{**row, "case": _case_name(row)} for row in report["rows"]]
-    times = ["case", "tokens", "build_s", "search_ms", "exact_scan_ms", "insert_ms"]
+    times = [
+        "case",
+        "tokens",
+        "build_s",
+        "search_ms",
+        "search_cold_ms",
+        "exact_scan_ms",
+        "insert_ms",
+    ]
     rest = ["case", "tokens", "bytes_per_token", "topk_ratio", "error_ratio", "recall"]
     print_table(f"index, budget {report['config']['budget']}: time", rows, times)
     print_table("bytes of the index, error of the output, attention found", rows, rest)

@@ -24,6 +24,7 @@ from icecache.cache.indexed import IndexedTokens
 _BUILD_SECONDS, _MOST_BUILDS = 5.0, 5
 _ROUNDS = 3
 _WARM_INSERTS = 8
+_CACHE_BYTES = 1 << 26
 _EVERY_LEAF = 1 << 30
 
 
@@ -87,17 +88,33 @@ def time_in_turns(calls: dict[str, Callable[[int], Any]], steps: int) -> dict[st
     return {name: 1e3 * median(found) for name, found in seconds.items()}
 
 
+def time_alone(call: Callable[[int], Any], steps: int, *, cold: bool) -> float:
+    """Median milliseconds of a call whose memory is in the processor's caches, or in none."""
+    other = torch.zeros(_CACHE_BYTES, dtype=torch.uint8) if cold else None
+    seconds = []
+    for turn in range(steps * _ROUNDS):
+        if other is not None:
+            other += 1
+        start = time.perf_counter()
+        call(turn % steps)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds)
+
+
 class Searched(NamedTuple):
     """What the searches of a case took and found.
 
     Attributes
     ----------
-    times : median milliseconds of a search, by who searched
+    times : median milliseconds of a search, by who searched, in turns
+    warm_ms, cold_ms : the same of the index by itself, with warm and with cold caches
     positions : by who searched, a tensor a step, `[kv_heads, most]`, -1 behind the last
     nodes_scored, leaves_scored : of the index, a query and KV head
     """
 
     times: dict[str, float]
+    warm_ms: float
+    cold_ms: float
     positions: dict[str, list[Tensor]]
     nodes_scored: float
     leaves_scored: float
@@ -130,6 +147,7 @@ def search_in_turns(
     asked = steps * case.kv_heads
     return Searched(
         times,
+        *(time_alone(calls["index"], steps, cold=cold) for cold in (False, True)),
         positions,
         sum(one.nodes_scored for one in found["index"]) / asked,
         sum(one.leaves_scored for one in found["index"]) / asked,
@@ -167,6 +185,8 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
         "build_s": median(build_seconds),
         "builds": len(build_seconds),
         "search_ms": searched.times["index"],
+        "search_warm_ms": searched.warm_ms,
+        "search_cold_ms": searched.cold_ms,
         "flat_search_ms": searched.times.get("flat"),
         "exact_scan_ms": searched.times["exact"],
         "insert_ms": inserts["median_ms"],

@@ -33,6 +33,8 @@ FIELDS = {
     "q_heads",
     "build_s",
     "search_ms",
+    "search_warm_ms",
+    "search_cold_ms",
     "exact_scan_ms",
     "insert_ms",
     "bytes_per_token",
