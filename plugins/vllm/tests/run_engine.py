@@ -1,13 +1,16 @@
 """One vLLM engine in a process of its own: prompts in, tokens and figures out, as JSON.
 
 ``python run_engine.py IN.json OUT.json``; IN: ``engine`` (arguments of `vllm.LLM`), ``prompts``
-(token ids), ``max_tokens``, ``new_tokens`` of each prompt optionally.
+(token ids), ``max_tokens`` (of each), ``preempt_at`` (steps after which all running requests are
+thrown out and start again).
 """
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM, SamplingParams
 
@@ -23,29 +26,40 @@ class Kept(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def answer_of(output: Any) -> dict[str, Any]:
+    """Return tokens, and the log-probabilities of the best two at each step."""
+    completion = output.outputs[0]
+    tops = (sorted(each.logprob for each in step.values()) for step in completion.logprobs)
+    return {
+        "tokens": list(completion.token_ids),
+        "top": [top[:-3:-1] for top in tops],
+        "cached": output.num_cached_tokens,
+    }
+
+
 def main(asked: Path, answered: Path) -> None:
     task = json.loads(asked.read_text())
     kept = Kept()
     logging.getLogger("vllm").addHandler(kept)
-    llm = LLM(**task["engine"])
-    sampling = [
-        SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, logprobs=5)
-        for most in task["max_tokens"]
-    ]
-    prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    answers = [
-        {
-            "tokens": list(output.outputs[0].token_ids),
-            "top": [
-                sorted((each.logprob for each in step.values()), reverse=True)[:2]
-                for step in output.outputs[0].logprobs
-            ],
-            "cached": output.num_cached_tokens,
-        }
-        for output in outputs
-    ]
-    answered.write_text(json.dumps({"answers": answers, "log": kept.lines}))
+    engine = LLM(**task["engine"]).llm_engine
+    for number, (ids, most) in enumerate(zip(task["prompts"], task["max_tokens"], strict=True)):
+        sampling = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, logprobs=2)
+        sampling.detokenize = not task["engine"].get("skip_tokenizer_init", False)
+        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+    answers: dict[int, dict[str, Any]] = {}
+    step = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                answers[int(output.request_id)] = answer_of(output)
+        step += 1
+        if step in task.get("preempt_at", ()):
+            engine.reset_prefix_cache(reset_running_requests=True)
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        # the step that tells the worker of the last end; a process of its own takes it by itself
+        engine.step()
+    ordered = [answers[number] for number in sorted(answers)]
+    answered.write_text(json.dumps({"answers": ordered, "steps": step, "log": kept.lines}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
@@ -48,6 +49,6 @@ class Granted(NamedTuple):
             )
         sizes = (config.sink, config.sink, tokens - config.sink, tokens - config.sink)
         dim = width // 2
-        parts = memory.view(-1).split([num_kv_heads * size * dim for size in sizes])
+        parts = torch.split(memory.view(-1), [num_kv_heads * size * dim for size in sizes])
         shapes = ((1, num_kv_heads, size, dim) for size in sizes)
         return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))

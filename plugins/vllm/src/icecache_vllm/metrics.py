@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-    KVConnectorPromMetrics,
-    KVConnectorStats,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1 import metrics
 from vllm.v1.metrics.utils import create_metric_per_engine
+
+from icecache.cache.granting import Report
 
 __all__ = ["IceMetrics", "IceStats"]
 
@@ -16,7 +15,7 @@ _STEP_BUCKETS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 @dataclass
-class IceStats(KVConnectorStats):  # type: ignore[misc]
+class IceStats(metrics.KVConnectorStats):
     """What happened since the last report, and what is held now.
 
     ``data``: ``sparse_steps`` and ``dense_steps`` since the last report; ``requests``, the sparse
@@ -24,14 +23,20 @@ class IceStats(KVConnectorStats):  # type: ignore[misc]
     """
 
     def __post_init__(self) -> None:
-        if not self.data:
-            self.reset()
+        empty = {"sparse_steps": 0, "dense_steps": 0, "requests": [], "host_bytes": {}}
+        self.data: dict[str, Any] = self.data or empty
 
-    def reset(self) -> None:
-        """Start anew."""
-        self.data = {"sparse_steps": 0, "dense_steps": 0, "requests": [], "host_bytes": {}}
+    @classmethod
+    def of(cls, report: Report, rank: int) -> "IceStats":
+        """Return a rank's report; steps are counted on rank 0 alone, for all ranks do the same."""
+        stats = cls()
+        stats.data["host_bytes"] = {str(rank): report.host_bytes}
+        if rank == 0:
+            stats.data |= report.work._asdict()
+            stats.data["requests"] = [ended.work.sparse_steps for ended in report.ended]
+        return stats
 
-    def aggregate(self, other: KVConnectorStats) -> "IceStats":
+    def aggregate(self, other: metrics.KVConnectorStats) -> "IceStats":
         """Add another rank's report, or a later one."""
         for name in ("sparse_steps", "dense_steps", "requests"):
             self.data[name] += other.data[name]
@@ -52,29 +57,20 @@ class IceStats(KVConnectorStats):  # type: ignore[misc]
         return not self.data["host_bytes"]
 
 
-class IceMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+class IceMetrics(metrics.KVConnectorPromMetrics):
     """The plugin's part of ``/metrics``, one series an engine."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._sparse = self._made(
-            self._counter_cls, "sparse_steps", "Decode steps in which all managed layers selected."
+        made, count = self._made, self._counter_cls
+        self._sparse = made(count, "sparse_steps", "Decode steps in which every layer selected.")
+        self._dense = made(count, "dense_steps", "Steps and prompt chunks attended in full.")
+        text = "Sparse decode steps of each request that ended."
+        self._requests = made(
+            self._histogram_cls, "request_sparse_steps", text, buckets=_STEP_BUCKETS
         )
-        self._dense = self._made(
-            self._counter_cls, "dense_steps", "Steps and prompt chunks attended in full."
-        )
-        self._requests = self._made(
-            self._histogram_cls,
-            "request_sparse_steps",
-            "Sparse decode steps of each request that ended.",
-            buckets=_STEP_BUCKETS,
-        )
-        self._bytes = self._made(
-            self._gauge_cls,
-            "host_bytes",
-            "Bytes of pages and index in host memory, over all ranks.",
-            multiprocess_mode="mostrecent",
-        )
+        text = "Bytes of pages and index in host memory, over all ranks."
+        self._bytes = made(self._gauge_cls, "host_bytes", text, multiprocess_mode="mostrecent")
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take a report in."""
@@ -91,5 +87,4 @@ class IceMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         metric = kind(
             name=f"icecache:{name}", documentation=text, labelnames=self._labelnames, **more
         )
-        made: dict[int, Any] = create_metric_per_engine(metric, self.per_engine_labelvalues)
-        return made
+        return create_metric_per_engine(metric, self.per_engine_labelvalues)

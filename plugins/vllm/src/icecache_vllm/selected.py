@@ -1,12 +1,9 @@
 """The attention backend of this process, chosen when vLLM asks for it by name."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionBackend
+from typing import Any
 
 
-def __getattr__(name: str) -> "type[AttentionBackend]":
+def __getattr__(name: str) -> Any:
     if name != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.config import get_current_vllm_config
@@ -18,6 +15,6 @@ def __getattr__(name: str) -> "type[AttentionBackend]":
 
     config = get_current_vllm_config()
     if not is_selected(config):
-        return CPUAttentionBackend  # type: ignore[no-any-return]
+        return CPUAttentionBackend
     check_engine(config, is_cpu=current_platform.is_cpu())
     return IceBackend.configured(Settings.of(config))
