@@ -76,6 +76,19 @@ def test_sink_and_window_lie_in_the_block_once_a_prompt_is_settled() -> None:
     assert stats.host_bytes == stats.kv_bytes + stats.index_bytes - block.nbytes
 
 
+@pytest.mark.parametrize("num", [40, 60, 90, 150, 400])
+def test_a_prompt_that_did_not_fit_keeps_no_memory_beside_pages_and_block(num: int) -> None:
+    layer, other = granted_layer(memory()), small_layer()
+    chunk(layer, 0, num)
+    chunk(other, 0, num)
+    chunk(layer, 1, 1)
+    chunk(other, 1, 1)
+    pages = other._context.indexed.pool.nbytes
+    stats = layer.stats()
+    assert stats.host_bytes == pages + stats.index_bytes
+    assert stats.host_bytes <= layer.estimate_bytes(1, num + 1) + 1024
+
+
 def test_forks_reordered_and_reset_layers_leave_the_block_alone() -> None:
     block = memory()
     layer = granted_layer(block)

@@ -47,6 +47,7 @@ def run_script(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     text = log.read_text(errors="replace")
     if not answered.exists():
         pytest.fail(f"{name} ended with {process.returncode}:\n{text[-6000:]}")
@@ -83,7 +84,7 @@ def save_tiny(name: str, folder: Path) -> str:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=1024,
         **({"sliding_window": 64} if name == "Gemma3Text" else {}),
     )

@@ -6,24 +6,12 @@ thrown out and start again).
 """
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
-
-
-class Kept(logging.Handler):
-    """Keeps vLLM's own lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def answer_of(output: Any) -> dict[str, Any]:
@@ -39,8 +27,6 @@ def answer_of(output: Any) -> dict[str, Any]:
 
 def main(asked: Path, answered: Path) -> None:
     task = json.loads(asked.read_text())
-    kept = Kept()
-    logging.getLogger("vllm").addHandler(kept)
     engine = LLM(**task["engine"]).llm_engine
     for number, (ids, most) in enumerate(zip(task["prompts"], task["max_tokens"], strict=True)):
         sampling = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True, logprobs=2)
@@ -59,7 +45,7 @@ def main(asked: Path, answered: Path) -> None:
         # the step that tells the worker of the last end; a process of its own takes it by itself
         engine.step()
     ordered = [answers[number] for number in sorted(answers)]
-    answered.write_text(json.dumps({"answers": ordered, "steps": step, "log": kept.lines}))
+    answered.write_text(json.dumps({"answers": ordered, "steps": step}))
 
 
 if __name__ == "__main__":

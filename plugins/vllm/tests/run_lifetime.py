@@ -23,7 +23,7 @@ def main(asked: Path, answered: Path) -> None:
     ledger, pool = scheduler.connector.reservations, scheduler.kv_cache_manager.block_pool
     layers = get_kv_transfer_group().layers
     seen: dict[str, Any] = {"aborted": 0, "finished": 0, "most_held": 0, "most_reserved": 0}
-    seen |= {"withheld": 0, "most_running": 0, "limit": ledger.limit, "over_reserved": 0}
+    seen |= {"withheld": 0, "most_running": 0, "limit": ledger.limit, "worst": 0.0}
     seen["free_before"] = pool.get_num_free_blocks()
     names = {}
     for number in range(task["num_requests"]):
@@ -39,14 +39,17 @@ def main(asked: Path, answered: Path) -> None:
                 seen["finished"] += 1
                 waiting.discard(int(output.request_id))
         step += 1
-        running = len(scheduler.running)
-        seen["most_running"] = max(seen["most_running"], running)
+        num_running = len(scheduler.running)
+        seen["most_running"] = max(seen["most_running"], num_running)
         has_blocks = pool.get_num_free_blocks() > 0
-        seen["withheld"] += bool(scheduler.waiting and running < 64 and has_blocks)
-        held = layers.host_bytes
+        seen["withheld"] += bool(scheduler.waiting and num_running < 64 and has_blocks)
+        # what has ended goes at the start of the next step, before anything begins
+        running = {name: layers._running[name].host_bytes() for name in ledger._held}
+        held = sum(running.values())
+        over = (bytes_ / ledger._held[name] for name, bytes_ in running.items() if bytes_)
+        seen["worst"] = max(seen["worst"], max(over, default=0.0))
         seen["most_held"] = max(seen["most_held"], held)
         seen["most_reserved"] = max(seen["most_reserved"], ledger.reserved)
-        seen["over_reserved"] += held > ledger.reserved
         if waiting and draw.random() < 0.6:
             number = draw.choice(sorted(waiting))
             engine.abort_request([names[number]], internal=True)

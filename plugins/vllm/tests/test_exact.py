@@ -15,7 +15,7 @@ def test_tokens_of_mixed_prompts_are_stock(run: Run, stock: Answers) -> None:
     assert tokens_of(ours) == tokens_of(stock)
     assert ours["steps"] == stock["steps"] >= 24 + 6292 // 256
     assert all(answer["cached"] == 0 for answer in ours["answers"])
-    ends = re.findall(r"(\d+) sparse and (\d+) dense steps; (\d+) host", "\n".join(ours["log"]))
+    ends = re.findall(r"(\d+) sparse and (\d+) dense steps; (\d+) host", ours["output"])
     assert len(ends) == 8
     assert all(sparse == "0" and host == "0" for sparse, _, host in ends)
 

@@ -8,7 +8,7 @@ from conftest import run_script, save_tiny, selected
 
 
 def test_two_hundred_requests_leave_nothing_behind(engine: dict[str, Any], tmp_path: Path) -> None:
-    limit = 2_000_000
+    limit = 8_000_000
     arguments = {**engine, "model": save_tiny("Llama", tmp_path / "model"), "max_model_len": 512}
     arguments |= {"max_num_seqs": 64, "skip_tokenizer_init": True}
     arguments |= {"kv_cache_memory_bytes": 1 << 26, **selected(budget=64, max_host_memory=limit)}
@@ -20,6 +20,6 @@ def test_two_hundred_requests_leave_nothing_behind(engine: dict[str, Any], tmp_p
     assert (seen["held"], seen["reserved"], seen["known"]) == (0, 0, 0)
     assert seen["free_after"] == seen["free_before"]
     assert 0 < seen["most_held"] <= seen["most_reserved"] <= seen["limit"] == limit
-    assert seen["over_reserved"] == 0
+    assert 0 < seen["worst"] <= 1
     # there were blocks for more, and host memory was not
     assert seen["withheld"] > 5

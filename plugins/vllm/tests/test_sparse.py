@@ -41,7 +41,7 @@ def test_answers_are_those_of_the_transformers_path(
 
 def test_steps_are_counted_for_each_request(sparse: Answers, transformers: Answers) -> None:
     line = re.compile(r"request (\d+)-\S+ ended with \d+ tokens, (\d+) sparse and (\d+) dense")
-    found = {int(n): (int(s), int(d)) for n, s, d in line.findall("\n".join(sparse["log"]))}
+    found = {int(n): (int(s), int(d)) for n, s, d in line.findall(sparse["output"])}
     asked = [answer["sparse"] for answer in transformers["answers"]]
     assert [found[number][0] for number in range(8)] == asked == [23, 0, 23, 23, 23, 0, 23, 23]
     assert [found[number][1] for number in range(8)] == [1, 24, 1, 1, 1, 24, 1, 1]

@@ -132,7 +132,7 @@ class Context:
         inserted = self._enter(self.indexed, leaving)
         self.tail.drop_oldest(leaving)
         self.is_torn = False
-        if max(leaving) > 2 * _TAIL_SLACK:
+        if max(leaving) > 2 * _TAIL_SLACK or self.tail.is_away:
             self.tail.release()
         return inserted, sum(leaving) * self._num_kv_heads - inserted
 

@@ -82,6 +82,11 @@ class Tail:
         return 2 * self._keys.numel() * self._keys.element_size()
 
     @property
+    def is_away(self) -> bool:
+        """Whether tokens for which memory is granted are in memory of the tail's own."""
+        return self._granted is not None and not self._is_granted()
+
+    @property
     def granted_bytes(self) -> int:
         """Bytes of the buffer that are not this tail's own."""
         return self.nbytes if self._is_granted() else 0
