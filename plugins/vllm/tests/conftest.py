@@ -133,7 +133,7 @@ def run(
         where = tmp_path_factory.mktemp("engine")
         alone = "0" if one_process else "1"
         more = {"VLLM_ENABLE_V1_MULTIPROCESSING": alone}
-        return run_script(sys.executable, "run_engine.py", full, where, 400, **more)
+        return run_script(sys.executable, "run_engine.py", full, where, 900, **more)
 
     return answer
 

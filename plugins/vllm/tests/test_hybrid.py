@@ -20,10 +20,10 @@ def task(engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 
 
 def test_full_layers_alone_are_ours(task: Answers, tmp_path: Path) -> None:
-    stock = run_script(sys.executable, "run_engine.py", task, tmp_path, 300, **ALONE)
+    stock = run_script(sys.executable, "run_engine.py", task, tmp_path, 900, **ALONE)
     arguments = {**task["engine"], **selected(budget=512)}
     ours = run_script(
-        sys.executable, "run_engine.py", {**task, "engine": arguments}, tmp_path, 300, **ALONE
+        sys.executable, "run_engine.py", {**task, "engine": arguments}, tmp_path, 900, **ALONE
     )
     tokens = [[each["tokens"] for each in run["answers"]] for run in (ours, stock)]
     assert tokens[0] == tokens[1]
@@ -35,5 +35,5 @@ def test_a_shared_prefix_of_sliding_layers_is_refused(task: Answers, tmp_path: P
     arguments = {**task["engine"], **selected(budget=512), "enable_prefix_caching": True}
     with pytest.raises(pytest.fail.Exception, match="start with --no-enable-prefix-caching"):
         run_script(
-            sys.executable, "run_engine.py", {**task, "engine": arguments}, tmp_path, 300, **ALONE
+            sys.executable, "run_engine.py", {**task, "engine": arguments}, tmp_path, 900, **ALONE
         )

@@ -14,7 +14,7 @@ def test_two_hundred_requests_leave_nothing_behind(engine: dict[str, Any], tmp_p
     arguments |= {"kv_cache_memory_bytes": 1 << 26, **selected(budget=64, max_host_memory=limit)}
     task = {"engine": arguments, "num_requests": 200, "seed": 7, "preempt_at": [9, 30]}
     alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    seen = run_script(sys.executable, "run_lifetime.py", task, tmp_path, 300, **alone)
+    seen = run_script(sys.executable, "run_lifetime.py", task, tmp_path, 900, **alone)
     assert seen["finished"] + seen["aborted"] == 200
     assert min(seen["finished"], seen["aborted"]) > 30
     assert (seen["held"], seen["reserved"], seen["known"]) == (0, 0, 0)

@@ -21,7 +21,7 @@ LENGTHS = (500, 60, 310, 420, 20, 280, 360, 150)
 NEW_TOKENS = 12
 
 
-def get(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> str:
+def get(url: str, body: dict[str, Any] | None = None, timeout: float = 600) -> str:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
@@ -30,7 +30,7 @@ def get(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> s
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
@@ -91,7 +91,7 @@ def expected(text: list[int], tmp_path: Path) -> Answers:
     prompts = [text[500 * i : 500 * i + length] for i, length in enumerate(LENGTHS)]
     task: Answers = {"prompts": prompts, "max_tokens": [NEW_TOKENS] * len(prompts)}
     task["cache"] = {"budget": 128}
-    run = run_script(os.environ["ICECACHE_PYTHON"], "transformers_answers.py", task, tmp_path, 300)
+    run = run_script(os.environ["ICECACHE_PYTHON"], "transformers_answers.py", task, tmp_path, 900)
     return {"prompts": prompts, "tokens": [answer["tokens"] for answer in run["answers"]]}
 
 
