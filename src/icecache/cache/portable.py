@@ -6,11 +6,14 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from icecache.cache.background import Background
 from icecache.cache.context import Context
+from icecache.cache.granted import Granted
 from icecache.cache.stats import Counters
 from icecache.config import IceCacheConfig
+from icecache.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +46,33 @@ class Portable:
         other._held = None if self._held is None else self._held.fork()
         other._counters = Counters()
         return other
+
+    def use_granted(self, memory: Tensor) -> None:
+        """Keep sink and window, of one batch row, in memory that the caller owns.
+
+        Used in place until `reset`, `release` or `reorder`; tokens that do not fit between two
+        steps, such as those of a long prompt, are kept in memory of the layer's own meanwhile.
+
+        Parameters
+        ----------
+        memory : Tensor, shape [num_kv_heads, tokens, 2 * head_dim], contiguous
+            Of the layer's dtype and device; tokens: at least `Granted.tokens_of(config)`.
+
+        Raises
+        ------
+        InputError
+            If the layer holds tokens already, or the memory is not of that kind.
+        """
+        shape = (self.num_kv_heads, self.head_dim)
+        if self._held is not None:
+            raise InputError("memory is granted to an empty layer; call reset first")
+        if memory.shape[2:] != (2 * self.head_dim,) or memory.dtype != self.dtype:
+            raise InputError(
+                f"granted memory must be {self.dtype}, [..., {2 * self.head_dim}], "
+                f"got {memory.dtype}, {list(memory.shape)}"
+            )
+        granted = Granted.carve(memory, self.config, self.num_kv_heads)
+        self._held = Context(self.config, 1, *shape, self.dtype, granted)
 
     def release(self) -> None:
         """Let the context go, and with it the pages that no fork holds."""

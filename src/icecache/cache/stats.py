@@ -39,7 +39,8 @@ class LayerStats:
     index_bytes : int
         Summaries and where tokens are.
     device_bytes, host_bytes : int
-        Of both together, where they are; on a CPU all is host memory.
+        Of both together, where they are. On a CPU all is host memory, but for what lies in memory
+        granted by `use_granted`, which counts as the device's.
     full_cache_bytes : int
         What the keys and values of the same tokens take in a full cache.
     sparse_steps, dense_steps : int
@@ -111,6 +112,7 @@ def layer_stats(
     indexed = None if context is None else context.indexed
     kv_bytes = 0 if context is None else context.kv_bytes
     index_bytes = 0 if context is None else context.index_bytes
+    granted = 0 if context is None else context.granted_bytes
     slots = 0 if indexed is None else indexed.pool.num_pages * indexed.pool.page_size
     return LayerStats(
         phase=phase,
@@ -121,8 +123,8 @@ def layer_stats(
         fill=indexed.pool.num_tokens / slots if indexed is not None and slots else 1.0,
         kv_bytes=kv_bytes,
         index_bytes=index_bytes,
-        device_bytes=0,
-        host_bytes=kv_bytes + index_bytes,
+        device_bytes=granted,
+        host_bytes=kv_bytes + index_bytes - granted,
         full_cache_bytes=0 if context is None else context.full_cache_bytes,
         sparse_steps=counters.sparse_steps,
         dense_steps=counters.dense_steps,

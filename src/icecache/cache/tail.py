@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icecache.cache.granted import Granted
 from icecache.errors import SnapshotMismatch
 from icecache.ops.bounds import check_range
 
@@ -25,13 +26,22 @@ class Tail:
     dtype : torch.dtype
     slack : int
         Tokens of room that a full buffer gets when it moves its content to the front.
+    granted : Granted, optional
+        Where the tokens are kept whenever they fit there; one batch row.
     """
 
     def __init__(
-        self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, slack: int
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        slack: int,
+        granted: Granted | None = None,
     ) -> None:
         self.lens = [0] * batch
         self._slack = slack
+        self._granted = granted
         self._end = 0
         self._keys = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=dtype)
         self._values = torch.empty_like(self._keys)
@@ -70,6 +80,16 @@ class Tail:
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return 2 * self._keys.numel() * self._keys.element_size()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether tokens for which memory is granted are in memory of the tail's own."""
+        return self._granted is not None and not self._is_granted()
+
+    @property
+    def granted_bytes(self) -> int:
+        """Bytes of the buffer that are not this tail's own."""
+        return self.nbytes if self._is_granted() else 0
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Return views of shape [batch, num_kv_heads, longest, head_dim], aligned at the end."""
@@ -142,12 +162,14 @@ class Tail:
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows in a new order."""
         self._keys, self._values = self._keys[rows], self._values[rows]
+        self._granted = None
         self.lens = [self.lens[row] for row in rows.tolist()]
 
     def fork(self) -> "Tail":
         """Return a tail with copies of the tokens."""
         other = copy.copy(self)
         other.lens = list(self.lens)
+        other._granted = None
         other._move(*self.keys_values(), self._slack)
         return other
 
@@ -174,10 +196,22 @@ class Tail:
         """Let the buffer have room for so many more tokens behind the last."""
         if self._end + num_new > self._keys.shape[2]:
             keys, values = self.keys_values()
-            self._move(keys, values, num_new + max(self._slack, keys.shape[2] // 2))
+            slack = max(self._slack, keys.shape[2] // 2)
+            self._move(keys, values, num_new + slack, needed=num_new)
 
-    def _move(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def _is_granted(self) -> bool:
+        return self._granted is not None and self._keys is self._granted.keys
+
+    def _move(self, keys: Tensor, values: Tensor, room: int, needed: int = 0) -> None:
         batch, heads, length, dim = keys.shape
+        granted = self._granted
+        if granted is not None and length + needed <= granted.keys.shape[2]:
+            if self._is_granted():
+                # the places overlap
+                keys, values = keys.clone(), values.clone()
+            granted.keys[:, :, :length], granted.values[:, :, :length] = keys, values
+            self._keys, self._values, self._end = granted.keys, granted.values, length
+            return
         fresh_keys = keys.new_empty(batch, heads, length + room, dim)
         fresh_values = values.new_empty(batch, heads, length + room, dim)
         fresh_keys[:, :, :length] = keys
