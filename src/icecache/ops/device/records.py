@@ -107,7 +107,8 @@ class Fixed(NamedTuple):
 
     def to(self, device: torch.device) -> "Fixed":
         """Return a copy on a device."""
-        return Fixed(*(field.to(device, copy=True) for field in self[:3]), self.sink)
+        keys, values, lens = (field.to(device, copy=True) for field in self[:3])
+        return Fixed(keys, values, lens, self.sink)
 
 
 class Leaving(NamedTuple):
