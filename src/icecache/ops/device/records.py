@@ -94,21 +94,23 @@ class Fixed(NamedTuple):
     Attributes
     ----------
     keys, values : shape [R, sink + window, D], the model's dtype. The sink, then the window as a
-        ring: position p >= sink lies at sink + (p - sink) % window. Entry i is real if
-        i < min(lens, sink + window).
+        ring: position p >= sink lies at sink + (p - sink) % window.
     lens : shape [B], int32. All tokens of the batch row.
+    left : shape [B], int32. The first position of the ring: real are positions below the sink and
+        from `left` on, as far as `lens`. Those between are in the tree, or leaving.
     sink : int
     """
 
     keys: Tensor
     values: Tensor
     lens: Tensor
+    left: Tensor
     sink: int
 
     def to(self, device: torch.device) -> "Fixed":
         """Return a copy on a device."""
-        keys, values, lens = (field.to(device, copy=True) for field in self[:3])
-        return Fixed(keys, values, lens, self.sink)
+        keys, values, lens, left = (field.to(device, copy=True) for field in self[:4])
+        return Fixed(keys, values, lens, left, self.sink)
 
 
 class Leaving(NamedTuple):

@@ -80,6 +80,7 @@ def empty_case(shape: CaseShape) -> Case:
         torch.full((rows, size, dim), nan, dtype=shape.dtype),
         torch.full((rows, size, dim), nan, dtype=shape.dtype),
         torch.zeros(shape.batch, dtype=torch.int32),
+        torch.full((shape.batch,), shape.sink, dtype=torch.int32),
         shape.sink,
     )
     query = torch.randn(rows, shape.group, dim).to(shape.dtype)
@@ -96,6 +97,7 @@ def random_case(shape: CaseShape) -> Case:
     size = shape.sink + shape.window
     case.fixed.lens.copy_(torch.randint(0, 3 * size, (shape.batch,)))
     case.fixed.lens[-1] = 2 * size + 1
+    case.fixed.left.copy_((case.fixed.lens - shape.window).clamp(min=shape.sink))
     for row in range(shape.rows):
         held = min(size, int(case.fixed.lens[row // shape.kv_heads]))
         tokens = torch.randn(2, held, shape.head_dim)

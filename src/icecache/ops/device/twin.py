@@ -42,21 +42,24 @@ def push(fixed: Fixed, new_keys: Tensor, new_values: Tensor) -> Leaving:
     Parameters
     ----------
     fixed : Fixed
-        Changed: the token is written, `lens` rise by one.
+        Changed: the token is written, `lens` rise by one, and so does `left` where a window is
+        full and loses its oldest token.
     new_keys, new_values : Tensor, shape [R, D]
     """
     num_rows, size, _ = fixed.keys.shape
     window = size - fixed.sink
-    lens = fixed.lens.repeat_interleave(num_rows // fixed.lens.shape[0])
+    heads = num_rows // fixed.lens.shape[0]
+    lens, left = fixed.lens.repeat_interleave(heads), fixed.left.repeat_interleave(heads)
     into = torch.where(lens < size, lens, fixed.sink + (lens - fixed.sink) % window).long()
     rows = torch.arange(num_rows, device=lens.device)
-    leaves = lens >= size
+    leaves = lens - left == window
     keys = torch.where(leaves[:, None], fixed.keys[rows, into], 0)
     values = torch.where(leaves[:, None], fixed.values[rows, into], 0)
     fixed.keys[rows, into] = new_keys.to(fixed.keys.dtype)
     fixed.values[rows, into] = new_values.to(fixed.values.dtype)
+    fixed.left.add_((fixed.lens - fixed.left == window).int())
     fixed.lens.add_(1)
-    return Leaving(keys, values, leaves, torch.where(leaves, lens - window, -1).int())
+    return Leaving(keys, values, leaves, torch.where(leaves, left, -1).int())
 
 
 def attend_fixed(
@@ -67,9 +70,7 @@ def attend_fixed(
     query: shape [R, G, D], the model's dtype. A model's logits are `scaling * q.k`, squashed to
     `softcap * tanh(logits / softcap)` if it has a softcap.
     """
-    num_rows, size, _ = fixed.keys.shape
-    lens = fixed.lens.repeat_interleave(num_rows // fixed.lens.shape[0])
-    real = torch.arange(size, device=lens.device) < lens[:, None]
+    real = _real_entries(fixed)
     keys = torch.cat([fixed.keys, leaving.keys[:, None]], 1)
     values = torch.cat([fixed.values, leaving.values[:, None]], 1)
     return _attend(
@@ -199,6 +200,17 @@ def combine(parts: Sequence[Part], sink_logits: Tensor | None) -> Tensor:
         total = torch.logaddexp(total, sink_logits.float())
     weight = torch.exp(lse - total.clamp(min=-1e30)[:, None])
     return (weight[..., None] * out).sum(1)
+
+
+def _real_entries(fixed: Fixed) -> Tensor:
+    """Return which entries of sink and window hold a token, shape [R, sink + window], bool."""
+    num_rows, size, _ = fixed.keys.shape
+    heads, window = num_rows // fixed.lens.shape[0], size - fixed.sink
+    lens, left = fixed.lens[:, None], fixed.left[:, None]
+    entry = torch.arange(size, device=lens.device)
+    in_ring = left + (entry - left) % window
+    position = torch.where(entry < fixed.sink, entry, in_ring)
+    return (position < lens).repeat_interleave(heads, 0)
 
 
 def _nearest(tree: DeviceTree, leaving: Leaving) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,346 @@
+"""The tokens of a context past its budget, on a device: sink, window, leaves and pages.
+
+What a step changes lies in tensors of fixed shape; what the host has to know of it (how long rows
+are, whether there is room) it counts along, without asking the device.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icecache.cache.device.build import NewTokens, build, store
+from icecache.cache.device.settings import DeviceSettings
+from icecache.cache.device.transfer import Outbound
+from icecache.errors import IntegrityError
+from icecache.ops.device.records import DevicePages, DeviceTree, Fixed, Leaving
+from icecache.store.device_pool import DevicePool
+
+__all__ = ["DeviceIndex", "Fresh"]
+
+# more tokens of a row than this become leaves of their own: each insert scans all leaves
+_INSERT_AT_MOST = 32
+_BUILD_ELEMENTS = 1 << 26
+
+
+class Fresh(NamedTuple):
+    """New tokens of all batch rows.
+
+    Attributes
+    ----------
+    keys, values : shape [batch, num_kv_heads, tokens, head_dim]
+    counts : each batch row's own tokens, the last of its columns.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: list[int]
+
+    def of_row(self, row: int) -> tuple[Tensor, Tensor]:
+        """Return a batch row's tokens, two of shape [num_kv_heads, tokens, head_dim]."""
+        start = self.keys.shape[2] - self.counts[row]
+        return self.keys[row, :, start:], self.values[row, :, start:]
+
+
+class DeviceIndex:
+    """Sink, window, leaves and pages of one layer.
+
+    Parameters
+    ----------
+    settings : DeviceSettings
+    ops : module
+        `icecache.ops.device.twin` or `icecache.ops.triton`.
+    batch : int
+    tokens : int
+        Of the longest row, as far as they are known: room is made for those and some more.
+    """
+
+    def __init__(self, settings: DeviceSettings, ops: ModuleType, batch: int, tokens: int) -> None:
+        self.settings, self._ops = settings, ops
+        self.lens, self.left = [0] * batch, [settings.config.sink] * batch
+        self.is_torn = False
+        self._outbound = Outbound(settings.device)
+        self._pool = DevicePool(settings.pool_shape(batch, tokens), settings.device)
+        self._most_leaves = self._most_pages = 0
+        config = settings.config
+        shape = (batch * settings.heads, config.sink + config.window, settings.dim)
+        with torch.inference_mode(False):
+            number = {"dtype": torch.int32, "device": settings.device}
+            self.fixed = Fixed(
+                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
+                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
+                torch.zeros(batch, **number),
+                torch.full((batch,), config.sink, **number),
+                config.sink,
+            )
+            self.step_number = torch.zeros(1, **number)
+        self.leaving: Leaving | None = None
+        self._nobody = self._nothing_leaves()
+
+    @property
+    def tree(self) -> DeviceTree:
+        """The leaves."""
+        return self._pool.tree
+
+    @property
+    def pages(self) -> DevicePages:
+        """The pages."""
+        return self._pool.pages
+
+    @property
+    def pool(self) -> DevicePool:
+        """The memory of both."""
+        return self._pool
+
+    @property
+    def in_tree(self) -> list[int]:
+        """Tokens of each batch row that are in the tree, or wait for their insert."""
+        return [left - self.settings.config.sink for left in self.left]
+
+    @property
+    def may_crop(self) -> int:
+        """Tokens that every row can lose: what has not gone into the tree."""
+        sink = self.settings.config.sink
+        return min(
+            n if left == sink else n - left for n, left in zip(self.lens, self.left, strict=True)
+        )
+
+    @property
+    def room(self) -> int:
+        """Tokens that the budget leaves a row beside sink, window and what leaves it."""
+        config = self.settings.config
+        fixed = max(
+            min(n, config.sink) + max(0, n - left)
+            for n, left in zip(self.lens, self.left, strict=True)
+        )
+        return max(0, config.budget - fixed - (self.leaving is not None))
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether each row's window is full: every step does the same from now on."""
+        window = self.settings.config.window
+        return all(n - left == window for n, left in zip(self.lens, self.left, strict=True))
+
+    @property
+    def nothing_leaves(self) -> Leaving:
+        """No leaving token."""
+        return self._nobody
+
+    def push(self, keys: Tensor, values: Tensor) -> None:
+        """Take one token of each row, [batch, num_kv_heads, 1, head_dim]; `settle` comes after."""
+        assert self.leaving is None
+        self.make_room(1)
+        window = self.settings.config.window
+        leaves = [n - left == window for n, left in zip(self.lens, self.left, strict=True)]
+        rows = self.settings.rows_of(keys), self.settings.rows_of(values)
+        leaving = self._ops.push(self.fixed, *rows)
+        self.leaving = leaving if any(leaves) else None
+        self.lens = [n + 1 for n in self.lens]
+        self.left = [left + one for left, one in zip(self.left, leaves, strict=True)]
+        if any(leaves):
+            self._most_leaves += 1
+            self._most_pages += 1
+
+    def settle(self) -> int:
+        """Insert what the last `push` displaced, unless a step has; returns how many tokens."""
+        if self.leaving is None:
+            return 0
+        leaving = self.leaving
+        self._join(leaving)
+        self.leaving = None
+        return int(leaving.leaves.sum())
+
+    def enter(self, fresh: Fresh) -> tuple[int, int]:
+        """Take many tokens in; what passes the window goes into the tree.
+
+        Returns
+        -------
+        inserted, built : int
+            Tokens that joined leaves, and that became leaves of their own, over all rows.
+        """
+        inserted = self.settle()
+        self.make_room(max(fresh.counts))
+        self.is_torn = True
+        had = self.in_tree
+        leaving = [self._slide(row, *fresh.of_row(row)) for row in range(len(fresh.counts))]
+        with torch.inference_mode(False):
+            self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
+            self.fixed.left.copy_(torch.tensor(self.left, dtype=torch.int32))
+        numbers = [tokens.keys.shape[1] for tokens in leaving]
+        joins = [0 < n <= _INSERT_AT_MOST and old > 0 for n, old in zip(numbers, had, strict=True)]
+        self._join_many(leaving, joins)
+        for row, (tokens, joined) in enumerate(zip(leaving, joins, strict=True)):
+            if tokens.keys.shape[1] and not joined:
+                self._build(row, tokens)
+        self._count_along(max(numbers))
+        self.is_torn = False
+        joined_all = sum(n for n, one in zip(numbers, joins, strict=True) if one)
+        heads = self.settings.heads
+        return inserted + joined_all * heads, (sum(numbers) - joined_all) * heads
+
+    def crop(self, num: int) -> int:
+        """Drop the latest tokens of every row; returns how many were inserted for it."""
+        inserted = self.settle()
+        self.fixed.lens.sub_(num)
+        self.lens = [n - num for n in self.lens]
+        return inserted
+
+    def reorder(self, rows: Tensor) -> int:
+        """Take batch rows in a new order; returns how many tokens were inserted for it."""
+        inserted = self.settle()
+        self._outbound.wait()
+        heads = torch.arange(self.settings.heads)
+        each = (rows[:, None] * self.settings.heads + heads).flatten()
+        old = self._pool
+        self._pool = old.reordered(each)
+        old.close()
+        where, each = rows.to(self.settings.device), each.to(self.settings.device)
+        keys, values, lens, left, sink = self.fixed
+        with torch.inference_mode(False):
+            self.fixed = Fixed(keys[each], values[each], lens[where], left[where], sink)
+        self.lens = [self.lens[row] for row in rows.tolist()]
+        self.left = [self.left[row] for row in rows.tolist()]
+        self._nobody = self._nothing_leaves()
+        return inserted
+
+    def fork(self) -> "DeviceIndex":
+        """Return a copy that shares nothing."""
+        self.settle()
+        other = object.__new__(DeviceIndex)
+        other.__dict__.update(self.__dict__)
+        self._outbound.wait()
+        batch = len(self.lens)
+        other._pool = self._pool.reordered(torch.arange(batch * self.settings.heads))
+        with torch.inference_mode(False):
+            copies = (part.clone() for part in self.fixed[:4])
+            other.fixed = Fixed(*copies, self.fixed.sink)
+            other.step_number = self.step_number.clone()
+        other.lens, other.left = list(self.lens), list(self.left)
+        other._outbound = Outbound(self.settings.device)
+        return other
+
+    def make_room(self, tokens: int) -> None:
+        """Make sure that rows can grow by so many tokens; moves all to a larger pool if not."""
+        leaves, pages = self.settings.growth(tokens)
+        shape = self._pool.shape
+        if self._most_leaves + leaves <= shape.leaves and self._most_pages + pages <= shape.pages:
+            return
+        # the bounds count a leaf and a page for every token: ask how many there are
+        self._most_leaves = int(self.tree.num_leaves.max())
+        self._most_pages = int(self.tree.num_pages.max())
+        leaves, pages = leaves + self._most_leaves, pages + self._most_pages
+        if leaves <= shape.leaves and pages <= shape.pages:
+            return
+        spare = self.settings.spare(max(self.lens) + tokens)
+        self._outbound.wait()
+        old = self._pool
+        self._pool = old.grown(
+            max(shape.leaves, leaves + spare[0]), max(shape.pages, pages + spare[1])
+        )
+        old.close()
+
+    def join_transfers(self) -> None:
+        """Let the steps from here on see pages that are still on their way to host memory."""
+        self._outbound.join()
+
+    def wait_for_transfers(self) -> None:
+        """Wait until all pages are in host memory."""
+        self._outbound.wait()
+
+    def close(self) -> None:
+        """Let the memory go."""
+        self._outbound.wait()
+        self._pool.close()
+
+    def check_full(self) -> None:
+        """Raise `IntegrityError` if an insert found no room."""
+        if bool(self.tree.full.any()):
+            raise IntegrityError("an insert on the device found no room, and its token is lost")
+
+    def _slide(self, row: int, keys: Tensor, values: Tensor) -> NewTokens:
+        """Move a row's sink and window on by its new tokens; returns what leaves them."""
+        config = self.settings.config
+        sink, window = config.sink, config.window
+        own = slice(row * self.settings.heads, (row + 1) * self.settings.heads)
+        stores = self.fixed.keys[own], self.fixed.values[own]
+        length, left = self.lens[row], self.left[row]
+        fill = min(keys.shape[1], max(0, sink - length))
+        new_length = length + keys.shape[1]
+        new_left = max(left, new_length - window)
+        first = max(length, sink)
+        in_ring = self._ring(left, min(new_left, first))
+        kept = max(first, new_left)
+        moved: list[Tensor] = []
+        for held, part in zip(stores, (keys, values), strict=True):
+            held[:, length : length + fill] = part[:, :fill]
+            rest = part[:, fill:]
+            moved.append(torch.cat([held[:, in_ring], rest[:, : kept - first]], 1))
+            if new_length > kept:
+                held[:, self._ring(kept, new_length)] = rest[:, kept - first :]
+        self.lens[row], self.left[row] = new_length, new_left
+        return NewTokens(moved[0], moved[1], left)
+
+    def _ring(self, start: int, end: int) -> Tensor:
+        """Return where the window keeps positions from start to end."""
+        sink, window = self.settings.config.sink, self.settings.config.window
+        positions = torch.arange(start, max(start, end), device=self.settings.device)
+        return sink + (positions - sink) % window
+
+    def _join_many(self, leaving: list[NewTokens], joins: list[bool]) -> None:
+        """Insert the leaving tokens of some rows, one after the other."""
+        longest = max((t.keys.shape[1] for t, one in zip(leaving, joins) if one), default=0)
+        for i in range(longest):
+            takes = [one and i < t.keys.shape[1] for t, one in zip(leaving, joins, strict=True)]
+            self._join(self._leaving_at(leaving, takes, i))
+
+    def _leaving_at(self, leaving: list[NewTokens], takes: list[bool], i: int) -> Leaving:
+        heads, device = self.settings.heads, self.settings.device
+        nothing = self.nothing_leaves
+        keys, values = nothing.keys.clone(), nothing.values.clone()
+        positions = []
+        for row, (tokens, one) in enumerate(zip(leaving, takes, strict=True)):
+            own = slice(row * heads, (row + 1) * heads)
+            if one:
+                keys[own], values[own] = tokens.keys[:, i], tokens.values[:, i]
+            positions.append(tokens.first + i if one else -1)
+        position = torch.tensor(positions, dtype=torch.int32, device=device)
+        position = position.repeat_interleave(heads)
+        return Leaving(keys, values, position >= 0, position)
+
+    def _join(self, leaving: Leaving) -> None:
+        ops, dim = self._ops, self.settings.dim
+        self.join_transfers()
+        query = leaving.keys.new_zeros(leaving.keys.shape[0], 1, dim)
+        scores = ops.score(query, self.tree, leaving, 1.0, None, 0.0)
+        ops.insert(self.tree, self.pages, leaving, scores, self.settings.config.leaf_size)
+
+    def _build(self, row: int, tokens: NewTokens) -> None:
+        """Make leaves of a batch row's leaving tokens, as many KV heads at a time as fit."""
+        heads, num, dim = tokens.keys.shape
+        at_once = max(1, _BUILD_ELEMENTS // (num * dim))
+        self._outbound.join()
+        first = row * heads
+        leaves = self.tree.num_leaves[first : first + heads].tolist()
+        pages = self.tree.num_pages[first : first + heads].tolist()
+        for start in range(0, heads, at_once):
+            span = slice(start, start + at_once)
+            built = build(tokens.keys[span], self.settings.build_config)
+            for head, one in enumerate(built, start):
+                own = NewTokens(tokens.keys[head], tokens.values[head], tokens.first)
+                at = leaves[head], pages[head]
+                store(first + head, one, own, self.tree, self.pages, at, self._outbound)
+                self._most_leaves = max(self._most_leaves, leaves[head] + one.num_leaves)
+                self._most_pages = max(self._most_pages, pages[head] + one.num_pages)
+
+    def _count_along(self, inserted: int) -> None:
+        self._most_leaves += min(inserted, _INSERT_AT_MOST)
+        self._most_pages += min(inserted, _INSERT_AT_MOST)
+
+    def _nothing_leaves(self) -> Leaving:
+        rows = len(self.lens) * self.settings.heads
+        like = {"dtype": self.settings.dtype, "device": self.settings.device}
+        with torch.inference_mode(False):
+            nothing = torch.zeros(rows, self.settings.dim, **like)
+            position = torch.full((rows,), -1, dtype=torch.int32, device=self.settings.device)
+            return Leaving(nothing, nothing, position >= 0, position)
