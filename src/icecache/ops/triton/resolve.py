@@ -18,9 +18,9 @@ _SLOT_BITS = 20
 def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor, Tensor]:
     """As `twin.resolve`."""
     check_slots(selected, pages)
-    slots, missing = torch.empty_like(selected), torch.full_like(selected, -1)
     if pages.slot_of_page is None or pages.page_in_slot is None or pages.last_used is None:
-        return slots.copy_(selected), missing
+        return selected.clone(), torch.full_like(selected, -1)
+    slots, missing = torch.empty_like(selected), torch.empty_like(selected)
     tables = (pages.slot_of_page, pages.page_in_slot, pages.last_used)
     check_contiguous(selected=selected, **dict(zip(("slot_of", "page_in", "used"), tables)))
     num_rows, most = selected.shape
