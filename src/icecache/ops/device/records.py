@@ -112,7 +112,8 @@ class Fixed(NamedTuple):
 
     def to(self, device: torch.device) -> "Fixed":
         """Return a copy on a device."""
-        return Fixed(*(field.to(device, copy=True) for field in self[:4]), self.sink)
+        keys, values, lens, left = (field.to(device, copy=True) for field in self[:4])
+        return Fixed(keys, values, lens, left, self.sink)
 
 
 class Leaving(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from icecache.errors import InputError
 from icecache.ops.device.bits import count_bits, has_bit
 from icecache.ops.device.records import DevicePages, DeviceTree, Fixed, Leaving, Part, Scores
 from icecache.ops.device.twin_fetch import gather, resolve
@@ -22,6 +23,7 @@ __all__ = [
     "attend_fixed",
     "attend_pages",
     "attend_rest",
+    "check_parts",
     "combine",
     "gather",
     "insert",
@@ -193,6 +195,7 @@ def combine(parts: Sequence[Part], sink_logits: Tensor | None) -> Tensor:
     sink_logits: shape [R, G], float32, a learned logit that takes attention and gives nothing. A
     head that attends to nothing puts out 0.
     """
+    check_parts(parts)
     lse = torch.cat([part.lse for part in parts], 1)
     out = torch.cat([part.out for part in parts], 1)
     total = lse.logsumexp(1)
@@ -211,6 +214,12 @@ def _real_entries(fixed: Fixed) -> Tensor:
     in_ring = left + (entry - left) % window
     position = torch.where(entry < fixed.sink, entry, in_ring)
     return (position < lens).repeat_interleave(heads, 0)
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Raise `InputError` unless there are one to three parts."""
+    if not 1 <= len(parts) <= 3:
+        raise InputError(f"combine merges one to three parts, got {len(parts)}")
 
 
 def _nearest(tree: DeviceTree, leaving: Leaving) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from icecache.errors import InputError
 from icecache.ops.device.records import DevicePages
 
-__all__ = ["gather", "resolve"]
+__all__ = ["check_slots", "gather", "resolve"]
 
 
 def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,13 @@ def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor,
         -1 where no page is selected.
     missing : Tensor, shape [R, S], int32
         The page to copy into the slot, -1 where it is there.
+
+    Raises
+    ------
+    InputError
+        If a row has fewer slots than a step selects pages.
     """
+    check_slots(selected, pages)
     if pages.slot_of_page is None or pages.page_in_slot is None or pages.last_used is None:
         return selected.clone(), torch.full_like(selected, -1)
     slots, missing = torch.full_like(selected, -1), torch.full_like(selected, -1)
@@ -74,3 +81,12 @@ def gather(pages: DevicePages, slots: Tensor, missing: Tensor) -> None:
     if pages.scales is not None:
         records = records.float() * pages.scales[where].to(pages.resident.device)[..., None]
     pages.resident[row, slot] = records.to(pages.resident.dtype)
+
+
+def check_slots(selected: Tensor, pages: DevicePages) -> None:
+    """Raise `InputError` if a row has fewer slots than a step selects pages."""
+    if pages.page_in_slot is not None and pages.page_in_slot.shape[1] < selected.shape[1]:
+        raise InputError(
+            f"a row must have a slot for each of the {selected.shape[1]} pages that a step selects "
+            f"at most, got {pages.page_in_slot.shape[1]}"
+        )
