@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
-from icecache.cache.device.layer import DeviceLayer
 from icecache.cache.device.history import fixed_positions as fixed_positions_of
+from icecache.cache.device.layer import DeviceLayer
 from icecache.cache.make import make_layer
 from icecache.ops.dispatch import resolve_backend
 from tests.descent import estimate, slow_descent

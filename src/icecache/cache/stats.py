@@ -53,8 +53,8 @@ class LayerStats:
     tokens_attended : float
         Tokens attended exactly in the last step with one query token, mean over rows.
     backend : str
-        Which ops run: ``"native"``, ``"torch"`` or ``"reference"``; ``"triton"`` or ``"twin"`` on the
-        device path.
+        Which ops run: ``"native"``, ``"torch"`` or ``"reference"``; on the device path ``"triton"``
+        or ``"twin"``.
     offload : str
         Where pages live: ``"host"``, or ``"none"`` for the device. On a CPU it is ``"host"``.
     pages_selected, pages_fetched : int

@@ -139,15 +139,18 @@ class DevicePool:
         positions = self._beside((rows, pages, token[0]), torch.int32).fill_(-1)
         if not self.shape.offloads:
             return DevicePages(host, scales, positions, *[None] * 5)
-        number = {"dtype": torch.int32, "device": self.device}
+
+        def none(*size: int) -> Tensor:
+            return torch.full(size, -1, dtype=torch.int32, device=self.device)
+
         return DevicePages(
             host,
             scales,
             positions,
             torch.zeros(rows, slots, 2, *token, dtype=self.shape.dtype, device=self.device),
-            torch.full((rows, pages), -1, **number),
-            torch.full((rows, slots), -1, **number),
-            torch.full((rows, slots), -1, **number),
+            none(rows, pages),
+            none(rows, slots),
+            none(rows, slots),
             torch.zeros(rows, 2, dtype=torch.int64, device=self.device),
         )
 

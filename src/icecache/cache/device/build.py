@@ -53,7 +53,7 @@ class Built(NamedTuple):
 
 
 def build(keys: Tensor, config: IceCacheConfig) -> list[Built]:
-    """Cluster the keys of rows of equal length, [rows, tokens, head_dim], and lay out the leaves."""
+    """Cluster the keys of rows, [rows, tokens, head_dim], and lay out the leaves."""
     rows, tokens, _ = keys.shape
     leaves = build_leaves(keys.flatten(0, 1), [tokens] * rows, config)
     sizes = torch.bincount(leaves.ids)

@@ -5,7 +5,7 @@ are, whether there is room) it counts along, without asking the device.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +63,11 @@ class DeviceIndex:
         config = settings.config
         shape = (batch * settings.heads, config.sink + config.window, settings.dim)
         with torch.inference_mode(False):
-            number = {"dtype": torch.int32, "device": settings.device}
-            self.fixed = Fixed(
-                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
-                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
-                torch.zeros(batch, **number),
-                torch.full((batch,), config.sink, **number),
-                config.sink,
-            )
-            self.step_number = torch.zeros(1, **number)
+            lens = torch.zeros(batch, dtype=torch.int32, device=settings.device)
+            keys = torch.zeros(shape, dtype=settings.dtype, device=settings.device)
+            left = torch.full_like(lens, config.sink)
+            self.fixed = Fixed(keys, torch.zeros_like(keys), lens, left, config.sink)
+            self.step_number = torch.zeros_like(lens[:1])
         self.leaving: Leaving | None = None
         self._num_leaving = 0
         self._nobody = self._nothing_leaves()
@@ -143,6 +139,27 @@ class DeviceIndex:
             self.most_leaves += 1
             self.most_pages += 1
 
+    def addresses(self) -> tuple[int, ...]:
+        """Return where a step reads and writes, and how much it selects."""
+        parts = (self.fixed.keys, self.tree.key_mean, self.pages.host, self.step_number)
+        return (self.room, *(part.data_ptr() for part in parts))
+
+    def count_step(self) -> int:
+        """Take note of a whole step that the device did; returns how many tokens it inserted."""
+        self.lens = [n + 1 for n in self.lens]
+        self.left = [n + 1 for n in self.left]
+        self.most_leaves += 1
+        self.most_pages += 1
+        return len(self.lens) * self.settings.heads
+
+    def mark(self) -> tuple[object, ...]:
+        """Return what the host counts, for `rewind`."""
+        return list(self.lens), list(self.left), self.most_leaves, self.most_pages, self.leaving
+
+    def rewind(self, mark: Any) -> None:
+        """Count as at a mark."""
+        self.lens, self.left, self.most_leaves, self.most_pages, self.leaving = mark
+
     def settle(self) -> int:
         """Insert what the last `push` displaced, unless a step has; returns how many tokens."""
         if self.leaving is None:
@@ -209,8 +226,7 @@ class DeviceIndex:
         batch = len(self.lens)
         other._pool = self._pool.reordered(torch.arange(batch * self.settings.heads))
         with torch.inference_mode(False):
-            copies = (part.clone() for part in self.fixed[:4])
-            other.fixed = Fixed(*copies, self.fixed.sink)
+            other.fixed = self.fixed.to(self.settings.device)
             other.step_number = self.step_number.clone()
         other.lens, other.left = list(self.lens), list(self.left)
         other._outbound = Outbound(self.settings.device)
@@ -339,8 +355,8 @@ class DeviceIndex:
 
     def _nothing_leaves(self) -> Leaving:
         rows = len(self.lens) * self.settings.heads
-        like = {"dtype": self.settings.dtype, "device": self.settings.device}
+        device = self.settings.device
         with torch.inference_mode(False):
-            nothing = torch.zeros(rows, self.settings.dim, **like)
-            position = torch.full((rows,), -1, dtype=torch.int32, device=self.settings.device)
+            nothing = torch.zeros(rows, self.settings.dim, dtype=self.settings.dtype, device=device)
+            position = torch.full((rows,), -1, dtype=torch.int32, device=device)
             return Leaving(nothing, nothing, position >= 0, position)

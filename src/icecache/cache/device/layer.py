@@ -1,6 +1,7 @@
 """`DeviceLayer`: the key-value cache of one attention layer, decoded on a device."""
 
 from concurrent.futures import Executor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,6 +198,42 @@ class DeviceLayer:
         if self._held is not None and rows.tolist() != list(range(self.batch_size)):
             with on_device(self.device):
                 self._held.reorder(rows)
+
+    def is_steady(self) -> bool:
+        """Whether the next step does what every later one does; makes room for it first."""
+        index = None if self._held is None else self._held.index
+        if index is None or self._held is None or self._held.fresh is not None:
+            return False
+        if index.leaving is not None or not index.is_steady:
+            return False
+        with on_device(self.device):
+            index.make_room(1, 1)
+        return True
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where a step reads and writes: what has recorded it is bound to those."""
+        assert self._held is not None and self._held.index is not None
+        return self._held.index.addresses()
+
+    def count_step(self) -> None:
+        """Take note of a step that the device did without the host: a replayed recording."""
+        assert self._held is not None and self._held.index is not None
+        self._held.inserted += self._held.index.count_step()
+        self._counters.sparse_steps += 1
+        self._unsettled = 1
+
+    def mark(self) -> object:
+        """Return what the host counts, for `rewind`."""
+        assert self._held is not None and self._held.index is not None
+        counters = self._counters.mark()
+        return self._held.index.mark(), self._held.inserted, self._unsettled, counters
+
+    def rewind(self, mark: Any) -> None:
+        """Let the host count as at a mark, after a step that the device has not done."""
+        assert self._held is not None and self._held.index is not None
+        index, self._held.inserted, self._unsettled, counters = mark
+        self._held.index.rewind(index)
+        self._counters.rewind(counters)
 
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""

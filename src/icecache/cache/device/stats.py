@@ -32,6 +32,14 @@ class DeviceCounters:
         self.sparse_steps += 1
         self._last = step
 
+    def mark(self) -> tuple[int, float, Stepped | None]:
+        """Return the counts that a step changes, for `rewind`."""
+        return self.sparse_steps, self._attended, self._last
+
+    def rewind(self, mark: tuple[int, float, Stepped | None]) -> None:
+        """Count as at a mark."""
+        self.sparse_steps, self._attended, self._last = mark
+
     def tokens_attended(self) -> float:
         """Return the tokens attended in the last step, mean over rows; waits for the device."""
         if self._last is not None:
