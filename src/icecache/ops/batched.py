@@ -32,9 +32,7 @@ def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
     the way taken shows in no bit. On other devices index_add_ adds in no fixed order.
     """
     if x.device.type != "cpu":
-        counts = torch.bincount(ids, minlength=num)
-        in_order = x.float()[torch.argsort(ids, stable=True)]
-        return torch.segment_reduce(in_order, "sum", lengths=counts, unsafe=True)
+        return sum_runs(x[torch.argsort(ids, stable=True)], torch.bincount(ids, minlength=num))
     total = torch.zeros(num, x.shape[1])
     if x.shape[0] > _FEW_ELEMENTS:
         return total.index_add_(0, ids, x)
@@ -47,6 +45,14 @@ def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
         more = counts > k
         sums[groups[more]] += members[starts[more] + k]
     return total
+
+
+def sum_runs(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sums of runs of elements, shape [elements, dim] -> [runs, dim], float32.
+
+    Each run is added up from its front: the same bits every time, on any device.
+    """
+    return torch.segment_reduce(x.float(), "sum", lengths=lengths, unsafe=True)
 
 
 def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:

@@ -98,13 +98,9 @@ class DevicePool:
             self.tree = _new_tree(shape, device)
             self.pages = self._new_pages()
 
-    def grown(self, leaves: int, pages: int) -> "DevicePool":
-        """Return a pool of more room with the same content; this one must not be used again.
-
-        Its tensors are others: whoever has recorded their addresses, as a CUDA graph does, must
-        record anew.
-        """
-        other = DevicePool(self.shape._replace(leaves=leaves, pages=pages), self.device)
+    def grown(self, shape: PoolShape) -> "DevicePool":
+        """Return a pool of more room with the same content; nothing is resident in it."""
+        other = DevicePool(shape, self.device)
         other._copy(self, None)
         return other
 
@@ -129,7 +125,7 @@ class DevicePool:
             self.pages.scales.transpose(2, 3)[free] = torch.nan
         if self.pages.resident is not None and self.pages.page_in_slot is not None:
             self.pages.resident[self.pages.page_in_slot < 0] = torch.nan
-        absent = self.tree.count == 0
+        absent = self.tree.num_tokens == 0
         for scale in (self.tree.key_scale, self.tree.value_scale, self.tree.spread):
             scale[absent] = torch.nan
 
@@ -142,16 +138,20 @@ class DevicePool:
             scales = self._beside((rows, pages, 2, token[0]), torch.float32)
         positions = self._beside((rows, pages, token[0]), torch.int32).fill_(-1)
         if not self.shape.offloads:
-            return DevicePages(host, scales, positions, None, None, None, None)
-        number = {"dtype": torch.int32, "device": self.device}
+            return DevicePages(host, scales, positions, *[None] * 5)
+
+        def none(*size: int) -> Tensor:
+            return torch.full(size, -1, dtype=torch.int32, device=self.device)
+
         return DevicePages(
             host,
             scales,
             positions,
             torch.zeros(rows, slots, 2, *token, dtype=self.shape.dtype, device=self.device),
-            torch.full((rows, pages), -1, **number),
-            torch.full((rows, slots), -1, **number),
-            torch.full((rows, slots), -1, **number),
+            none(rows, pages),
+            none(rows, slots),
+            none(rows, slots),
+            torch.zeros(rows, 2, dtype=torch.int64, device=self.device),
         )
 
     def _beside(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -161,7 +161,8 @@ class DevicePool:
         return self._block.take(shape, dtype)
 
     def _copy(self, source: "DevicePool", rows: Tensor | None) -> None:
-        for mine, theirs in [*zip(self.tree, source.tree), *zip(self.pages, source.pages)]:
+        # slots stay empty: host pages are always complete
+        for mine, theirs in [*zip(self.tree, source.tree), *zip(self.pages[:3], source.pages[:3])]:
             if mine is None or theirs is None:
                 continue
             if rows is not None:
@@ -213,7 +214,7 @@ def _new_tree(shape: PoolShape, device: torch.device) -> DeviceTree:
         value_mean=zeros(rows, leaves, dim, dtype=torch.int8),
         value_scale=zeros(rows, leaves, dtype=real),
         spread=zeros(rows, leaves, dtype=real),
-        count=zeros(rows, leaves, dtype=number),
+        num_tokens=zeros(rows, leaves, dtype=number),
         leaf_page=zeros(rows, leaves, dtype=number),
         leaf_slots=zeros(rows, leaves, dtype=torch.int64),
         num_leaves=zeros(rows, dtype=number),

@@ -53,7 +53,7 @@ class Built(NamedTuple):
 
 
 def build(keys: Tensor, config: IceCacheConfig) -> list[Built]:
-    """Cluster the keys of rows of equal length, [rows, tokens, head_dim], and lay out the leaves."""
+    """Cluster the keys of rows, [rows, tokens, head_dim], and lay out the leaves."""
     rows, tokens, _ = keys.shape
     leaves = build_leaves(keys.flatten(0, 1), [tokens] * rows, config)
     sizes = torch.bincount(leaves.ids)
@@ -132,7 +132,9 @@ def _write_pages(
     source = source.clamp(max=num - 1)
     span = slice(first, first + built.num_pages)
     shape = (built.num_pages, page_size, dim)
-    lines = torch.empty((built.num_pages, 2, page_size, dim), dtype=tokens.keys.dtype, device=device)
+    lines = torch.empty(
+        (built.num_pages, 2, page_size, dim), dtype=tokens.keys.dtype, device=device
+    )
     for i, part in enumerate((tokens.keys, tokens.values)):
         lines[:, i] = part[source].masked_fill_(is_free, 0).view(shape)
     if pages.scales is not None:
@@ -157,7 +159,7 @@ def _write_leaves(
     )
     apart = (tokens.keys.float() - key_mean[ids]).square().sum(1, keepdim=True)
     tree.spread[row, span] = sum_groups(apart, ids, num)[:, 0] / count
-    tree.count[row, span] = count.int()
+    tree.num_tokens[row, span] = count.int()
     for codes, scale, mean in (
         (tree.key_mean, tree.key_scale, key_mean - tree.centre[row]),
         (tree.value_mean, tree.value_scale, value_mean),

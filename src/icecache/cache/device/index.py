@@ -5,17 +5,16 @@ are, whether there is room) it counts along, without asking the device.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from icecache.cache.device.build import NewTokens, build, store
+from icecache.cache.device.build import Built, NewTokens, build, store
 from icecache.cache.device.settings import DeviceSettings
 from icecache.cache.device.transfer import Outbound
-from icecache.errors import IntegrityError
 from icecache.ops.device.records import DevicePages, DeviceTree, Fixed, Leaving
-from icecache.store.device_pool import DevicePool
+from icecache.store.device_pool import DevicePool, PoolShape
 
 __all__ = ["DeviceIndex", "Fresh"]
 
@@ -52,30 +51,25 @@ class DeviceIndex:
     ops : module
         `icecache.ops.device.twin` or `icecache.ops.triton`.
     batch : int
-    tokens : int
-        Of the longest row, as far as they are known: room is made for those and some more.
     """
 
-    def __init__(self, settings: DeviceSettings, ops: ModuleType, batch: int, tokens: int) -> None:
+    def __init__(self, settings: DeviceSettings, ops: ModuleType, batch: int) -> None:
         self.settings, self._ops = settings, ops
         self.lens, self.left = [0] * batch, [settings.config.sink] * batch
         self.is_torn = False
         self._outbound = Outbound(settings.device)
-        self._pool = DevicePool(settings.pool_shape(batch, tokens), settings.device)
-        self._most_leaves = self._most_pages = 0
+        self.most_leaves = self.most_pages = 0
+        self._pool = DevicePool(self._shape_for(0, 0), settings.device)
         config = settings.config
         shape = (batch * settings.heads, config.sink + config.window, settings.dim)
         with torch.inference_mode(False):
-            number = {"dtype": torch.int32, "device": settings.device}
-            self.fixed = Fixed(
-                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
-                torch.zeros(shape, dtype=settings.dtype, device=settings.device),
-                torch.zeros(batch, **number),
-                torch.full((batch,), config.sink, **number),
-                config.sink,
-            )
-            self.step_number = torch.zeros(1, **number)
+            lens = torch.zeros(batch, dtype=torch.int32, device=settings.device)
+            keys = torch.zeros(shape, dtype=settings.dtype, device=settings.device)
+            left = torch.full_like(lens, config.sink)
+            self.fixed = Fixed(keys, torch.zeros_like(keys), lens, left, config.sink)
+            self.step_number = torch.zeros_like(lens[:1])
         self.leaving: Leaving | None = None
+        self._num_leaving = 0
         self._nobody = self._nothing_leaves()
 
     @property
@@ -99,22 +93,24 @@ class DeviceIndex:
         return [left - self.settings.config.sink for left in self.left]
 
     @property
-    def may_crop(self) -> int:
-        """Tokens that every row can lose: what has not gone into the tree."""
+    def may_crop(self) -> list[int]:
+        """Tokens that each batch row can lose: what has not gone into the tree."""
         sink = self.settings.config.sink
-        return min(
-            n if left == sink else n - left for n, left in zip(self.lens, self.left, strict=True)
-        )
+        ends = zip(self.lens, self.left, strict=True)
+        return [n if left == sink else n - left for n, left in ends]
+
+    @property
+    def num_fixed(self) -> list[int]:
+        """Tokens of each row (batch row x KV head) in sink and window, and what leaves it."""
+        sink, more = self.settings.config.sink, int(self.leaving is not None)
+        each = zip(self.lens, self.left, strict=True)
+        fixed = [min(n, sink) + max(0, n - left) + more for n, left in each]
+        return [num for num in fixed for _ in range(self.settings.heads)]
 
     @property
     def room(self) -> int:
-        """Tokens that the budget leaves a row beside sink, window and what leaves it."""
-        config = self.settings.config
-        fixed = max(
-            min(n, config.sink) + max(0, n - left)
-            for n, left in zip(self.lens, self.left, strict=True)
-        )
-        return max(0, config.budget - fixed - (self.leaving is not None))
+        """Tokens that the budget leaves a row beside those."""
+        return max(0, self.settings.config.budget - max(self.num_fixed))
 
     @property
     def is_steady(self) -> bool:
@@ -130,26 +126,51 @@ class DeviceIndex:
     def push(self, keys: Tensor, values: Tensor) -> None:
         """Take one token of each row, [batch, num_kv_heads, 1, head_dim]; `settle` comes after."""
         assert self.leaving is None
-        self.make_room(1)
+        self.make_room(1, 1)
         window = self.settings.config.window
         leaves = [n - left == window for n, left in zip(self.lens, self.left, strict=True)]
         rows = self.settings.rows_of(keys), self.settings.rows_of(values)
         leaving = self._ops.push(self.fixed, *rows)
         self.leaving = leaving if any(leaves) else None
+        self._num_leaving = self.settings.heads * sum(leaves)
         self.lens = [n + 1 for n in self.lens]
         self.left = [left + one for left, one in zip(self.left, leaves, strict=True)]
         if any(leaves):
-            self._most_leaves += 1
-            self._most_pages += 1
+            self.most_leaves += 1
+            self.most_pages += 1
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where a step reads and writes, and how much it selects."""
+        parts = (self.fixed.keys, self.tree.key_mean, self.pages.host, self.step_number)
+        return (self.room, *(part.data_ptr() for part in parts))
+
+    def count_step(self) -> int:
+        """Take note of a whole step that the device did; returns how many tokens it inserted."""
+        self.lens = [n + 1 for n in self.lens]
+        self.left = [n + 1 for n in self.left]
+        self.most_leaves += 1
+        self.most_pages += 1
+        return len(self.lens) * self.settings.heads
+
+    def mark(self) -> tuple[object, ...]:
+        """Return what the host counts, for `rewind`."""
+        return list(self.lens), list(self.left), self.most_leaves, self.most_pages, self.leaving
+
+    def rewind(self, mark: Any) -> None:
+        """Count as at a mark."""
+        self.lens, self.left, self.most_leaves, self.most_pages, self.leaving = mark
 
     def settle(self) -> int:
         """Insert what the last `push` displaced, unless a step has; returns how many tokens."""
         if self.leaving is None:
             return 0
-        leaving = self.leaving
-        self._join(leaving)
+        self._join(self.leaving)
+        return self.inserted()
+
+    def inserted(self) -> int:
+        """Take note that a step has inserted what was leaving; returns how many tokens."""
         self.leaving = None
-        return int(leaving.leaves.sum())
+        return self._num_leaving
 
     def enter(self, fresh: Fresh) -> tuple[int, int]:
         """Take many tokens in; what passes the window goes into the tree.
@@ -160,30 +181,24 @@ class DeviceIndex:
             Tokens that joined leaves, and that became leaves of their own, over all rows.
         """
         inserted = self.settle()
-        self.make_room(max(fresh.counts))
         self.is_torn = True
         had = self.in_tree
         leaving = [self._slide(row, *fresh.of_row(row)) for row in range(len(fresh.counts))]
-        with torch.inference_mode(False):
-            self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
-            self.fixed.left.copy_(torch.tensor(self.left, dtype=torch.int32))
+        self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
+        self.fixed.left.copy_(torch.tensor(self.left, dtype=torch.int32))
         numbers = [tokens.keys.shape[1] for tokens in leaving]
         joins = [0 < n <= _INSERT_AT_MOST and old > 0 for n, old in zip(numbers, had, strict=True)]
         self._join_many(leaving, joins)
-        for row, (tokens, joined) in enumerate(zip(leaving, joins, strict=True)):
-            if tokens.keys.shape[1] and not joined:
-                self._build(row, tokens)
-        self._count_along(max(numbers))
+        self._build_rows({r: t for r, t in enumerate(leaving) if t.keys.shape[1] and not joins[r]})
         self.is_torn = False
-        joined_all = sum(n for n, one in zip(numbers, joins, strict=True) if one)
-        heads = self.settings.heads
-        return inserted + joined_all * heads, (sum(numbers) - joined_all) * heads
+        joined = self.settings.heads * sum(n for n, one in zip(numbers, joins, strict=True) if one)
+        return inserted + joined, self.settings.heads * sum(numbers) - joined
 
-    def crop(self, num: int) -> int:
-        """Drop the latest tokens of every row; returns how many were inserted for it."""
+    def crop(self, nums: list[int]) -> int:
+        """Drop the latest tokens of each batch row; returns how many were inserted for it."""
         inserted = self.settle()
-        self.fixed.lens.sub_(num)
-        self.lens = [n - num for n in self.lens]
+        self.lens = [n - num for n, num in zip(self.lens, nums, strict=True)]
+        self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
         return inserted
 
     def reorder(self, rows: Tensor) -> int:
@@ -192,9 +207,7 @@ class DeviceIndex:
         self._outbound.wait()
         heads = torch.arange(self.settings.heads)
         each = (rows[:, None] * self.settings.heads + heads).flatten()
-        old = self._pool
-        self._pool = old.reordered(each)
-        old.close()
+        self._pool = self._pool.reordered(each)
         where, each = rows.to(self.settings.device), each.to(self.settings.device)
         keys, values, lens, left, sink = self.fixed
         with torch.inference_mode(False):
@@ -213,32 +226,28 @@ class DeviceIndex:
         batch = len(self.lens)
         other._pool = self._pool.reordered(torch.arange(batch * self.settings.heads))
         with torch.inference_mode(False):
-            copies = (part.clone() for part in self.fixed[:4])
-            other.fixed = Fixed(*copies, self.fixed.sink)
+            other.fixed = self.fixed.to(self.settings.device)
             other.step_number = self.step_number.clone()
         other.lens, other.left = list(self.lens), list(self.left)
         other._outbound = Outbound(self.settings.device)
         return other
 
-    def make_room(self, tokens: int) -> None:
-        """Make sure that rows can grow by so many tokens; moves all to a larger pool if not."""
-        leaves, pages = self.settings.growth(tokens)
+    def make_room(self, leaves: int, pages: int) -> None:
+        """Make sure that rows can gain so many leaves and pages; moves all to a larger pool if not.
+
+        A pool that moves has other addresses: what has recorded them must record anew.
+        """
         shape = self._pool.shape
-        if self._most_leaves + leaves <= shape.leaves and self._most_pages + pages <= shape.pages:
+        if self.most_leaves + leaves <= shape.leaves and self.most_pages + pages <= shape.pages:
             return
-        # the bounds count a leaf and a page for every token: ask how many there are
-        self._most_leaves = int(self.tree.num_leaves.max())
-        self._most_pages = int(self.tree.num_pages.max())
-        leaves, pages = leaves + self._most_leaves, pages + self._most_pages
+        # the bounds count a leaf and a page for every insert: ask how many there are
+        self.most_leaves = int(self.tree.num_leaves.max())
+        self.most_pages = int(self.tree.num_pages.max())
+        leaves, pages = leaves + self.most_leaves, pages + self.most_pages
         if leaves <= shape.leaves and pages <= shape.pages:
             return
-        spare = self.settings.spare(max(self.lens) + tokens)
         self._outbound.wait()
-        old = self._pool
-        self._pool = old.grown(
-            max(shape.leaves, leaves + spare[0]), max(shape.pages, pages + spare[1])
-        )
-        old.close()
+        self._pool = self._pool.grown(self._shape_for(leaves, pages))
 
     def join_transfers(self) -> None:
         """Let the steps from here on see pages that are still on their way to host memory."""
@@ -252,11 +261,6 @@ class DeviceIndex:
         """Let the memory go."""
         self._outbound.wait()
         self._pool.close()
-
-    def check_full(self) -> None:
-        """Raise `IntegrityError` if an insert found no room."""
-        if bool(self.tree.full.any()):
-            raise IntegrityError("an insert on the device found no room, and its token is lost")
 
     def _slide(self, row: int, keys: Tensor, values: Tensor) -> NewTokens:
         """Move a row's sink and window on by its new tokens; returns what leaves them."""
@@ -290,9 +294,12 @@ class DeviceIndex:
     def _join_many(self, leaving: list[NewTokens], joins: list[bool]) -> None:
         """Insert the leaving tokens of some rows, one after the other."""
         longest = max((t.keys.shape[1] for t, one in zip(leaving, joins) if one), default=0)
+        self.make_room(longest, longest)
         for i in range(longest):
             takes = [one and i < t.keys.shape[1] for t, one in zip(leaving, joins, strict=True)]
             self._join(self._leaving_at(leaving, takes, i))
+            self.most_leaves += 1
+            self.most_pages += 1
 
     def _leaving_at(self, leaving: list[NewTokens], takes: list[bool], i: int) -> Leaving:
         heads, device = self.settings.heads, self.settings.device
@@ -315,32 +322,41 @@ class DeviceIndex:
         scores = ops.score(query, self.tree, leaving, 1.0, None, 0.0)
         ops.insert(self.tree, self.pages, leaving, scores, self.settings.config.leaf_size)
 
-    def _build(self, row: int, tokens: NewTokens) -> None:
-        """Make leaves of a batch row's leaving tokens, as many KV heads at a time as fit."""
-        heads, num, dim = tokens.keys.shape
-        at_once = max(1, _BUILD_ELEMENTS // (num * dim))
-        self._outbound.join()
-        first = row * heads
-        leaves = self.tree.num_leaves[first : first + heads].tolist()
-        pages = self.tree.num_pages[first : first + heads].tolist()
-        for start in range(0, heads, at_once):
-            span = slice(start, start + at_once)
-            built = build(tokens.keys[span], self.settings.build_config)
-            for head, one in enumerate(built, start):
-                own = NewTokens(tokens.keys[head], tokens.values[head], tokens.first)
-                at = leaves[head], pages[head]
-                store(first + head, one, own, self.tree, self.pages, at, self._outbound)
-                self._most_leaves = max(self._most_leaves, leaves[head] + one.num_leaves)
-                self._most_pages = max(self._most_pages, pages[head] + one.num_pages)
+    def _build_rows(self, rows: dict[int, NewTokens]) -> None:
+        """Make leaves of batch rows' leaving tokens; a pool of the size that they need."""
+        if not rows:
+            return
+        heads = self.settings.heads
+        built = {row: self._cluster(tokens.keys) for row, tokens in rows.items()}
+        leaves, pages = self.tree.num_leaves.tolist(), self.tree.num_pages.tolist()
+        each = [(row * heads + h, one) for row, many in built.items() for h, one in enumerate(many)]
+        self.most_leaves, self.most_pages = max(leaves), max(pages)
+        most_leaves = max(leaves[row] + one.num_leaves for row, one in each)
+        most_pages = max(pages[row] + one.num_pages for row, one in each)
+        self.make_room(max(0, most_leaves - max(leaves)), max(0, most_pages - max(pages)))
+        for row, one in each:
+            tokens, head = rows[row // heads], row % heads
+            own = NewTokens(tokens.keys[head], tokens.values[head], tokens.first)
+            at = leaves[row], pages[row]
+            store(row, one, own, self.tree, self.pages, at, self._outbound)
+        self.most_leaves = max(self.most_leaves, most_leaves)
+        self.most_pages = max(self.most_pages, most_pages)
 
-    def _count_along(self, inserted: int) -> None:
-        self._most_leaves += min(inserted, _INSERT_AT_MOST)
-        self._most_pages += min(inserted, _INSERT_AT_MOST)
+    def _cluster(self, keys: Tensor) -> list[Built]:
+        """Make leaves of rows, [rows, tokens, head_dim], as many at a time as there is room for."""
+        rows, num, dim = keys.shape
+        at_once = max(1, _BUILD_ELEMENTS // (num * dim))
+        parts = (keys[start : start + at_once] for start in range(0, rows, at_once))
+        return [one for part in parts for one in build(part, self.settings.build_config)]
+
+    def _shape_for(self, leaves: int, pages: int) -> PoolShape:
+        tokens = max(self.lens)
+        return self.settings.pool_shape(len(self.lens), tokens, leaves, pages)
 
     def _nothing_leaves(self) -> Leaving:
         rows = len(self.lens) * self.settings.heads
-        like = {"dtype": self.settings.dtype, "device": self.settings.device}
+        device = self.settings.device
         with torch.inference_mode(False):
-            nothing = torch.zeros(rows, self.settings.dim, **like)
-            position = torch.full((rows,), -1, dtype=torch.int32, device=self.settings.device)
+            nothing = torch.zeros(rows, self.settings.dim, dtype=self.settings.dtype, device=device)
+            position = torch.full((rows,), -1, dtype=torch.int32, device=device)
             return Leaving(nothing, nothing, position >= 0, position)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Outbound", "is_capturing", "on_device"]
+__all__ = ["Outbound", "on_device"]
 
 
 class Outbound:
@@ -20,6 +20,7 @@ class Outbound:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_under_way = False
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -29,6 +30,7 @@ class Outbound:
         if self._stream is None:
             target.copy_(source)
             return
+        self._is_under_way = True
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -37,8 +39,9 @@ class Outbound:
 
     def join(self) -> None:
         """Let what the current stream does from here on see the copies."""
-        if self._stream is not None:
+        if self._stream is not None and self._is_under_way:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._is_under_way = False
 
     def wait(self) -> None:
         """Wait until the copies are there for the CPU to read."""
@@ -50,8 +53,3 @@ class Outbound:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one, where Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: nothing may wait for the device then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

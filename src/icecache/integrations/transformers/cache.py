@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from icecache.cache.device.settings import OffloadChoice
 from icecache.config import IceCacheConfig
 from icecache.errors import IceCacheError, InputError
 from icecache.integrations.transformers.attention import Handoff, hand_over, register
@@ -160,6 +161,12 @@ class IceCache(Cache):
     def undo(self) -> None:
         """Take back a forward that failed."""
         self._forward.undo()
+
+    def forget_forward(self) -> None:
+        """Drop the record of a forward that has changed nothing."""
+        for layer in self.managed.values():
+            layer.num_columns, layer.is_pending = self._forward.past, False
+        self._forward.settle()
 
     @property
     def managed(self) -> dict[int, ManagedLayer]:
@@ -322,13 +329,15 @@ def warn_if_nothing_managed(report: SupportReport) -> None:
 def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads) -> list[Any]:
     layers: list[Any] = []
     leader, managed = None, 0
+    kinds, _ = get_layer_types_and_kwargs(config)
+    choice = OffloadChoice(sum(kind == "full_attention" for kind in kinds))
     for kind, kwargs in zip(*get_layer_types_and_kwargs(config)):
         if kind != "full_attention":
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             continue
         is_leader = managed % settings.layer_reuse == 0
         own = _staggered(settings, managed)
-        layers.append(ManagedLayer(own, threads, None if is_leader else leader))
+        layers.append(ManagedLayer(own, threads, None if is_leader else leader, choice))
         leader = layers[-1] if is_leader else leader
         managed += 1
     return layers

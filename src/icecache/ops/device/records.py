@@ -58,7 +58,7 @@ class DeviceTree(NamedTuple):
 class DevicePages(NamedTuple):
     """The pages of one layer: all of them in `host`, copies of some in `resident`.
 
-    Without offloading there are no slots: the last four are None, `host` lies on the device in the
+    Without offloading there are no slots: the last five are None, `host` lies on the device in the
     model's dtype and is read in place.
 
     Attributes
@@ -70,6 +70,8 @@ class DevicePages(NamedTuple):
     slot_of_page : shape [R, P], int32. -1 for a page that is not resident.
     page_in_slot : shape [R, C], int32. -1 for a free slot.
     last_used : shape [R, C], int32. Larger is later; never equal for two slots that hold pages.
+    work : shape [R, 2], int64. Pages that `resolve` was asked for so far, and those that were
+        missing.
     """
 
     host: Tensor
@@ -79,6 +81,7 @@ class DevicePages(NamedTuple):
     slot_of_page: Tensor | None
     page_in_slot: Tensor | None
     last_used: Tensor | None
+    work: Tensor | None
 
     def to(self, device: torch.device) -> "DevicePages":
         """Return a copy on a device, `host` included."""

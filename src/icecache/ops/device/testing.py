@@ -107,13 +107,14 @@ def random_case(shape: CaseShape) -> Case:
 
 def _empty_pages(shape: CaseShape) -> DevicePages:
     rows, record = shape.rows, (2, shape.page_size, shape.head_dim)
-    tables = dict.fromkeys(("resident", "slot_of_page", "page_in_slot", "last_used"))
+    tables = dict.fromkeys(("resident", "slot_of_page", "page_in_slot", "last_used", "work"))
     if shape.offload:
         tables = {
             "resident": torch.full((rows, shape.slots, *record), math.nan, dtype=shape.dtype),
             "slot_of_page": torch.full((rows, shape.pages), -1, dtype=torch.int32),
             "page_in_slot": torch.full((rows, shape.slots), -1, dtype=torch.int32),
             "last_used": torch.full((rows, shape.slots), 1 << 30, dtype=torch.int32),
+            "work": torch.zeros(rows, 2, dtype=torch.int64),
         }
     if shape.int8_pages:
         host = torch.full((rows, shape.pages, *record), 99, dtype=torch.int8)

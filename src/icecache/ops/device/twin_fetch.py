@@ -41,6 +41,10 @@ def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor,
     if pages.slot_of_page is None or pages.page_in_slot is None or pages.last_used is None:
         return selected.clone(), torch.full_like(selected, -1)
     slots, missing = torch.full_like(selected, -1), torch.full_like(selected, -1)
+    if pages.work is not None:
+        asked_for = (selected >= 0).sum(1)
+        absent = pages.slot_of_page.gather(1, selected.clamp(min=0).long()) < 0
+        pages.work.add_(torch.stack([asked_for, (absent & (selected >= 0)).sum(1)], 1))
     most, first = selected.shape[1], int(step) * 2 * selected.shape[1]
     for row, wanted in enumerate(selected.tolist()):
         slot_of_page, page_in_slot = pages.slot_of_page[row], pages.page_in_slot[row]
