@@ -72,6 +72,25 @@ def test_with_room_for_all_a_trace_equals_full_attention(
 
 
 @FUZZ
+@given(seed=st.integers(0, 1 << 16), num_slots=st.integers(3, 6), steps=st.integers(9, 15))
+def test_slots_of_any_trace_are_the_twins(device, seed, num_slots, steps):
+    torch.manual_seed(seed)
+    shape = CaseShape(kv_heads=5, head_dim=2, pages=7, slots=num_slots)
+    pages = empty_case(shape).pages.to(device)
+    other = pages.to(device)
+    for number in range(steps):
+        wanted = torch.rand(shape.rows, shape.pages).argsort(1)[:, :3].int()
+        wanted[:, 2] = torch.where(torch.rand(shape.rows) < 0.3, -1, wanted[:, 2])
+        counter = torch.tensor([number], dtype=torch.int32, device=device)
+        expected = twin.resolve(wanted.to(device), other, counter)
+        for mine, theirs in zip(
+            (*kernels.resolve(wanted.to(device), pages, counter), *pages[4:]),
+            (*expected, *other[4:]),
+        ):
+            assert_same(mine, theirs)
+
+
+@FUZZ
 @given(
     seed=st.integers(0, 1 << 16),
     page_size=st.sampled_from([8, 16]),
