@@ -139,8 +139,8 @@ class _Replayed:
             marks = [core.mark() for core in cores]
             columns = [layer.num_columns for layer in self.cache().layers]
             for core in cores:
-                index = core._held.index
-                index.lens, index.left = ([n - 1 for n in x] for x in (index.lens, index.left))
+                window = core._held.index.window
+                window.lens, window.left = ([n - 1 for n in x] for x in window.mark())
             result.copy_(call())
             for core, mark, layer, num in zip(cores, marks, self.cache().layers, columns):
                 core.rewind(mark)
@@ -152,7 +152,7 @@ class _Replayed:
 
 def _tensors(core: Any) -> list[Tensor]:
     index = core._held.index
-    parts = [*index.tree, *index.pages, *index.fixed[:4], index.step_number]
+    parts = [*index.tree, *index.pages, *index.window.fixed[:4], index.step_number]
     return [part for part in parts if part is not None]
 
 

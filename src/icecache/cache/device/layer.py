@@ -204,7 +204,7 @@ class DeviceLayer:
         index = None if self._held is None else self._held.index
         if index is None or self._held is None or self._held.fresh is not None:
             return False
-        if index.leaving is not None or not index.is_steady:
+        if index.leaving is not None or not all(index.window.is_full):
             return False
         with on_device(self.device):
             index.make_room(1, 1)

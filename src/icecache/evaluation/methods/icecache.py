@@ -132,7 +132,8 @@ class IceCacheRun:
     def attended(self, layer: int, call: Call) -> Tensor | None:
         """Return the positions of sink, window and the selected leaves."""
         core = self.cache.managed[layer].core
-        assert core is not None
+        # the device path selects pages and has no search of its own
+        assert isinstance(core, IceCacheLayer)
         if core.phase is not Phase.INDEXED:
             return None
         if core.config.layer_reuse == 1:
