@@ -1,21 +1,27 @@
-"""Triton decides between GPU and interpreter when it is imported, so that happens here."""
+"""Without a GPU, kernels are interpreted: Triton must know when it is imported and when it runs."""
 
-import os
+from importlib import import_module
 
 import pytest
 import torch
 
 _INTERPRETED = not torch.cuda.is_available()
-if _INTERPRETED:
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-import icecache.ops.triton  # noqa: E402, F401
 
-if _INTERPRETED:
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
+
+def _interpret(patch: pytest.MonkeyPatch) -> None:
+    if _INTERPRETED:
+        patch.setenv("TRITON_INTERPRET", "1")
+
+
+# before a test anywhere imports triton to compile
+with pytest.MonkeyPatch.context() as _patch:
+    _interpret(_patch)
+    import_module("icecache.ops.triton")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    _interpret(monkeypatch)
 
 
 @pytest.fixture(scope="session")

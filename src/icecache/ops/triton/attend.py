@@ -7,11 +7,9 @@ from torch import Tensor
 
 from icecache.ops.device.records import DevicePages, Fixed, Leaving, Part
 from icecache.ops.triton.arithmetic import divisor, everywhere, safe, squash
-from icecache.ops.triton.launch import check_contiguous, on_device_of, tile
+from icecache.ops.triton.launch import check_contiguous, num_warps, on_device_of, tile
 
 __all__ = ["attend_fixed", "attend_pages"]
-
-_FIXED_TILE = 64
 
 
 def attend_fixed(
@@ -20,7 +18,9 @@ def attend_fixed(
     """As `twin.attend_fixed`, a piece a tile of tokens."""
     check_contiguous(keys=fixed.keys, values=fixed.values)
     num_rows, size, dim = fixed.keys.shape
-    pieces = triton.cdiv(size + 1, _FIXED_TILE)
+    # tiles of float32 at head_dim 256 must fit in shared memory
+    token_tile = min(64 if dim <= 128 else 32, tile(size + 1))
+    pieces = triton.cdiv(size + 1, token_tile)
     part = _empty_part(query, pieces)
     with on_device_of(query):
         _fixed_kernel[(num_rows, pieces)](
@@ -37,9 +37,11 @@ def attend_fixed(
             SINK=fixed.sink,
             SIZE=size,
             SOFTCAP=softcap or 0.0,
+            PRECISION=_precision(query),
             BG=tile(query.shape[1]),
             BD=tile(dim),
-            BT=min(_FIXED_TILE, tile(size + 1)),
+            BT=token_tile,
+            num_warps=num_warps(dim),
         )
     return part
 
@@ -74,11 +76,18 @@ def attend_pages(
             D=query.shape[2],
             T=pool.shape[3],
             SOFTCAP=softcap or 0.0,
+            PRECISION=_precision(query),
             BG=tile(query.shape[1]),
             BD=tile(query.shape[2]),
             BT=tile(pool.shape[3]),
+            num_warps=num_warps(query.shape[2]),
         )
     return part
+
+
+def _precision(query: Tensor) -> str:
+    """Return a precision of products in which the query's dtype is exact."""
+    return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
 def _empty_part(query: Tensor, pieces: int) -> Part:
@@ -88,14 +97,16 @@ def _empty_part(query: Tensor, pieces: int) -> Part:
 
 
 @triton.jit
-def _attend_tile(b_query, b_key, b_value, m_token, scaling, SOFTCAP: tl.constexpr):
+def _attend_tile(
+    b_query, b_key, b_value, m_token, scaling, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     """Return attention and log-sum-exp of one tile of tokens; unreal ones are 0."""
-    b_logit = scaling * tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    b_logit = scaling * tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     b_logit = tl.where(m_token[None, :], squash(b_logit, SOFTCAP), -float("inf"))  # [BG, BT]
     largest = safe(tl.max(b_logit, 1))
     b_weight = tl.exp(b_logit - largest[:, None])
     total = tl.sum(b_weight, 1)
-    b_out = tl.dot(b_weight, b_value, input_precision="ieee") / divisor(total)[:, None]
+    b_out = tl.dot(b_weight, b_value, input_precision=PRECISION) / divisor(total)[:, None]
     return b_out, tl.where(total > 0, largest + tl.log(divisor(total)), -float("inf"))
 
 
@@ -109,7 +120,15 @@ def _load_query(query, i_row, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr
 
 @triton.jit
 def _store_piece(
-    out, lse, i_piece, b_out, b_lse, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr
+    out,
+    lse,
+    i_piece,
+    b_out,
+    b_lse,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
 ):
     o_group, o_dim = tl.arange(0, BG), tl.arange(0, BD)
     m_group = o_group < G
@@ -137,6 +156,7 @@ def _fixed_kernel(
     SINK: tl.constexpr,
     SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BG: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
@@ -158,7 +178,9 @@ def _fixed_kernel(
     b_value = tl.load(values + p_held, m_held[:, None] & m_dim, other=0.0).to(tl.float32)
     b_value += tl.load(left_values + p_left, m_left[:, None] & m_dim, other=0.0).to(tl.float32)
     b_query = _load_query(query, i_row, G, D, BG, BD)
-    b_out, b_lse = _attend_tile(b_query, b_key, b_value, m_held | m_left, scaling, SOFTCAP)
+    b_out, b_lse = _attend_tile(
+        b_query, b_key, b_value, m_held | m_left, scaling, SOFTCAP, PRECISION
+    )
     _store_piece(out, lse, i_row * tl.num_programs(1) + i_tile, b_out, b_lse, G, D, BG, BD)
 
 
@@ -179,6 +201,7 @@ def _pages_kernel(
     D: tl.constexpr,
     T: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BG: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
@@ -194,5 +217,5 @@ def _pages_kernel(
     b_key = tl.load(pool + p_key, mask, other=0.0).to(tl.float32)  # [BT, BD]
     b_value = tl.load(pool + p_key + T * D, mask, other=0.0).to(tl.float32)
     b_query = _load_query(query, i_row, G, D, BG, BD)
-    b_out, b_lse = _attend_tile(b_query, b_key, b_value, m_token, scaling, SOFTCAP)
+    b_out, b_lse = _attend_tile(b_query, b_key, b_value, m_token, scaling, SOFTCAP, PRECISION)
     _store_piece(out, lse, i_row * S + i_page, b_out, b_lse, G, D, BG, BD)

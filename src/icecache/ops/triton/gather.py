@@ -20,10 +20,9 @@ def gather(pages: DevicePages, slots: Tensor, missing: Tensor) -> None:
     check_contiguous(host=pages.host, scales=pages.scales, resident=pages.resident)
     num_rows, most = missing.shape
     page_size, dim = pages.host.shape[3:]
-    record = 2 * page_size * dim
-    chunk = min(_CHUNK, tile(record))
+    token_tile = min(tile(2 * page_size), max(1, _CHUNK // tile(dim)))
     with on_device_of(pages.resident):
-        _gather_kernel[(num_rows * most, triton.cdiv(record, chunk))](
+        _gather_kernel[(num_rows * most, triton.cdiv(2 * page_size, token_tile))](
             pages.host,
             pages.host if pages.scales is None else pages.scales,
             pages.resident,
@@ -32,10 +31,11 @@ def gather(pages: DevicePages, slots: Tensor, missing: Tensor) -> None:
             pages.host.shape[1],
             pages.resident.shape[1],
             S=most,
+            T=page_size,
             D=dim,
-            RECORD=record,
             QUANTIZED=pages.scales is not None,
-            BE=chunk,
+            BT=token_tile,
+            BD=tile(dim),
         )
 
 
@@ -49,21 +49,25 @@ def _gather_kernel(
     P,
     C,
     S: tl.constexpr,
+    T: tl.constexpr,
     D: tl.constexpr,
-    RECORD: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    BE: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    i_wanted, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_wanted, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     page = tl.load(missing + i_wanted)
     if page >= 0:
         i_row = i_wanted // S
-        o_element = i_chunk * BE + tl.arange(0, BE)
-        mask = o_element < RECORD
-        record = i_row * P + page
-        b_page = tl.load(host + record * RECORD + o_element, mask, other=0)
+        slot = tl.load(slots + i_wanted)
+        # keys of a page's tokens, then their values
+        o_token, o_dim = i_tile * BT + tl.arange(0, BT), tl.arange(0, BD)
+        m_token = o_token < 2 * T
+        mask = m_token[:, None] & (o_dim < D)[None, :]
+        p_host = (i_row * P + page) * 2 * T + o_token
+        b_token = tl.load(host + p_host[:, None] * D + o_dim[None, :], mask, other=0)
         if QUANTIZED:
-            scale = tl.load(scales + record * (RECORD // D) + o_element // D, mask, other=0.0)
-            b_page = b_page.to(tl.float32) * scale
-        slot = i_row * C + tl.load(slots + i_wanted)
-        tl.store(resident + slot * RECORD + o_element, b_page, mask)
+            scale = tl.load(scales + p_host, m_token, other=0.0)
+            b_token = b_token.to(tl.float32) * scale[:, None]
+        p_resident = (i_row * C + slot) * 2 * T + o_token
+        tl.store(resident + p_resident[:, None] * D + o_dim[None, :], b_token, mask)

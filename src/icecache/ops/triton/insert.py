@@ -7,7 +7,7 @@ import triton.language as tl
 from icecache.ops.device.records import DevicePages, DeviceTree, Leaving, Scores
 from icecache.ops.triton.arithmetic import count_bits, quantize
 from icecache.ops.triton.cut import free_slot, main_half, mask_of, summarize
-from icecache.ops.triton.launch import check_contiguous, on_device_of, tile
+from icecache.ops.triton.launch import check_contiguous, num_warps, on_device_of, tile
 
 __all__ = ["insert"]
 
@@ -53,6 +53,7 @@ def insert(
             BD=tile(dim),
             BT=tile(page_size),
             BN=tile(scores.nearest.shape[1]),
+            num_warps=num_warps(dim),
         )
 
 
@@ -152,7 +153,16 @@ def _insert_kernel(
             host, scales, p_key, m_old, left_keys + i_row * D, o_dim, m_dim, m_new, D, QUANTIZED
         )
         b_value, v_code, v_scale = _load_members(
-            host, scales, p_key + T, m_old, left_values + i_row * D, o_dim, m_dim, m_new, D, QUANTIZED
+            host,
+            scales,
+            p_key + T,
+            m_old,
+            left_values + i_row * D,
+            o_dim,
+            m_dim,
+            m_new,
+            D,
+            QUANTIZED,
         )
         b_position = tl.load(positions + (i_row * P + page) * T + slot, m_old, other=-1)
         b_position = tl.where(m_new, tl.load(left_position + i_row), b_position)
@@ -232,6 +242,4 @@ def _insert_kernel(
                     b_key, m_half, size, b_centre, key_mean, key_scale, i_leaf, o_dim, m_dim
                 )
                 tl.store(spread + i_leaf, apart)
-                summarize(
-                    b_value, m_half, size, 0.0, value_mean, value_scale, i_leaf, o_dim, m_dim
-                )
+                summarize(b_value, m_half, size, 0.0, value_mean, value_scale, i_leaf, o_dim, m_dim)

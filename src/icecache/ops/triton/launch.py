@@ -8,7 +8,7 @@ from torch import Tensor
 
 from icecache.errors import InputError
 
-__all__ = ["check_contiguous", "on_device_of", "tile"]
+__all__ = ["check_contiguous", "num_warps", "on_device_of", "tile"]
 
 # tl.dot takes no smaller tile
 _LEAST_TILE = 16
@@ -22,6 +22,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 def tile(size: int) -> int:
     """Return the side of a tile that holds `size` elements."""
     return max(_LEAST_TILE, int(triton.next_power_of_2(size)))
+
+
+def num_warps(dim: int) -> int:
+    """Return how many warps keep a kernel's tiles of head_dim `dim` in registers."""
+    return 4 if dim <= 128 else 8
 
 
 def check_contiguous(**tensors: "Tensor | None") -> None:

@@ -18,25 +18,27 @@ _SLOT_BITS = 20
 def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor, Tensor]:
     """As `twin.resolve`."""
     check_slots(selected, pages)
-    slots, missing = torch.empty_like(selected), torch.full_like(selected, -1)
-    if pages.slot_of_page is None or pages.page_in_slot is None or pages.last_used is None:
-        return slots.copy_(selected), missing
-    tables = (pages.slot_of_page, pages.page_in_slot, pages.last_used)
-    check_contiguous(selected=selected, **dict(zip(("slot_of", "page_in", "used"), tables)))
+    if pages.slot_of_page is None or pages.page_in_slot is None:
+        return selected.clone(), torch.full_like(selected, -1)
+    slots, missing = torch.empty_like(selected), torch.empty_like(selected)
+    check_contiguous(selected=selected, **pages._asdict())
     num_rows, most = selected.shape
     with on_device_of(selected):
         _resolve_kernel[(num_rows,)](
             selected,
             step,
-            *tables,
+            pages.slot_of_page,
+            pages.page_in_slot,
+            pages.last_used,
+            pages.work,
             slots,
             missing,
-            tables[0].shape[1],
+            pages.slot_of_page.shape[1],
             S=most,
-            C=tables[1].shape[1],
+            C=pages.page_in_slot.shape[1],
             BITS=_SLOT_BITS,
             BS=tile(most),
-            BC=tile(tables[1].shape[1]),
+            BC=tile(pages.page_in_slot.shape[1]),
         )
     return slots, missing
 
@@ -48,6 +50,7 @@ def _resolve_kernel(
     slot_of_page,
     page_in_slot,
     last_used,
+    work,
     slots,
     missing,
     P,
@@ -74,6 +77,8 @@ def _resolve_kernel(
     victim = tl.gather(key, tl.where(m_miss, order, 0), 0) & ((1 << BITS) - 1)
     p_victim = i_row * C + victim
     leaves = tl.load(page_in_slot + p_victim, m_miss, other=-1)
+    num_asked = tl.load(work + i_row * 2) + tl.sum((page >= 0).to(tl.int64), 0)
+    num_missing = tl.load(work + i_row * 2 + 1) + tl.sum(m_miss.to(tl.int64), 0)
     # every warp has read the tables before any writes
     tl.debug_barrier()
     tl.store(slot_of_page + i_row * P + leaves, -1, m_miss & (leaves >= 0))
@@ -85,3 +90,5 @@ def _resolve_kernel(
     p_page = i_row * S + o_page
     tl.store(slots + p_page, tl.where(m_miss, victim.to(tl.int32), slot), o_page < S)
     tl.store(missing + p_page, tl.where(m_miss, page, -1), o_page < S)
+    tl.store(work + i_row * 2, num_asked)
+    tl.store(work + i_row * 2 + 1, num_missing)

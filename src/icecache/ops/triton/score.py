@@ -8,7 +8,7 @@ from torch import Tensor
 from icecache.ops.device.records import DeviceTree, Leaving, Scores
 from icecache.ops.device.twin import MOST_DOUBT
 from icecache.ops.triton.arithmetic import everywhere, logsumexp, tanh
-from icecache.ops.triton.launch import check_contiguous, on_device_of, tile
+from icecache.ops.triton.launch import check_contiguous, num_warps, on_device_of, tile
 
 __all__ = ["score"]
 
@@ -50,6 +50,7 @@ def score(
             BG=tile(group),
             BD=tile(dim),
             BL=leaf_tile,
+            num_warps=num_warps(dim),
         )
     return scores
 
