@@ -199,6 +199,13 @@ class DeviceLayer:
             with on_device(self.device):
                 self._held.reorder(rows)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let all tokens that were given enter the window and the tree, as the next step would."""
+        if self._held is not None:
+            with on_device(self.device):
+                self._held.settle()
+
     def is_steady(self) -> bool:
         """Whether the next step does what every later one does; makes room for it first."""
         index = None if self._held is None else self._held.index
