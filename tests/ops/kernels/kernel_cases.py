@@ -73,5 +73,6 @@ def assert_same(got: Tensor | None, expected: Tensor | None) -> None:
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
-    """Compare two float32 results of the same sums in another order."""
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    """Compare two float32 results of the same sums in another order, or on tensor cores."""
+    rtol, atol = (2e-3, 1e-3) if got.is_cuda else (1e-4, 2e-5)
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)

@@ -60,7 +60,8 @@ def logsumexp(x, axis: tl.constexpr):
 @triton.jit
 def quantize(x):
     """Return int8 codes and the scale of one vector."""
-    scale = tl.max(tl.abs(x), 0) / 127
-    codes = tl.floor(x / divisor(scale) + 0.5)
+    # plain division is approximate when compiled, and codes must be the twin's
+    scale = tl.div_rn(tl.max(tl.abs(x), 0), 127.0)
+    codes = tl.floor(tl.div_rn(x, divisor(scale)) + 0.5)
     codes = tl.minimum(tl.maximum(codes, -127.0), 127.0)
     return tl.where(scale > 0, codes, 0.0).to(tl.int8), scale
