@@ -9,6 +9,7 @@ from kernel_cases import SCALING, SHAPES, SOFTCAPS, Step, assert_near, assert_sa
 from icecache.errors import InputError
 from icecache.ops import triton as kernels
 from icecache.ops.device import twin
+from icecache.ops.device.bits import count_bits
 from icecache.ops.device.check import check_device_tree
 from icecache.ops.device.records import DevicePages, DeviceTree, Part
 from icecache.ops.device.testing import random_case
@@ -75,6 +76,23 @@ def test_select(step_of_ints: Step, room: int) -> None:
     for votes in (step.votes, step.votes >> 33 << 33):
         asked = (votes, step.case.tree.page_used, room, most)
         assert_same(kernels.select(*asked), twin.select(*asked))
+
+
+@pytest.mark.parametrize("room", [9, 70])
+def test_select_among_pages_of_all_sizes(room: int, device: torch.device) -> None:
+    used = torch.randint(-(1 << 62), 1 << 62, (3, 45)) >> torch.randint(0, 64, (3, 45))
+    used = torch.where(torch.rand(3, 45) < 0.2, 0, used).to(device)
+    # what a token is worth does not hang on the size of its page
+    votes = torch.randint(0, 1 << 34, (3, 45)).to(device) * count_bits(used)
+    expected = twin.select(votes, used, room, 11)
+    assert_same(kernels.select(votes, used, room, 11), expected)
+    # something was too large and something behind it was not
+    sizes = count_bits(used)
+    best = (votes // sizes.clamp(min=1)).masked_fill(sizes == 0, -1).topk(11).indices
+    assert any(
+        set(row[row >= 0].tolist()) - set(first[: int((row >= 0).sum())].tolist())
+        for row, first in zip(expected, best)
+    )
 
 
 def test_resolve_and_gather(step: Step, device: torch.device) -> None:

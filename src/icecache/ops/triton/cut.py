@@ -1,11 +1,11 @@
-"""What an insert computes of a leaf's members: the cut in two, free slots, the summary."""
+"""What an insert computes of a leaf's members: the cut in two, the summary."""
 
 import triton
 import triton.language as tl
 
 from icecache.ops.triton.arithmetic import quantize
 
-__all__ = ["free_slot", "main_half", "mask_of", "summarize"]
+__all__ = ["main_half", "summarize"]
 
 
 @triton.jit
@@ -34,29 +34,14 @@ def main_half(b_key, m_member, num, ROUNDS: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def free_slot(used, order, T: tl.constexpr, BT: tl.constexpr):
-    """Return for each number in `order` the free slot of that rank, lowest first, int32."""
-    o_slot = tl.arange(0, BT).to(tl.int64)
-    free = tl.where((o_slot < T) & ((used >> (o_slot & 63)) & 1 == 0), 1, 0)
-    rank = tl.cumsum(free, 0) - 1
-    match = (rank[None, :] == order[:, None]) & (free[None, :] == 1)
-    return tl.sum(tl.where(match, o_slot[None, :].to(tl.int32), 0), 1)
-
-
-@triton.jit
-def mask_of(slot, m_slot):
-    """Return the mask of distinct slots."""
-    one = tl.full(slot.shape, 1, tl.int64)
-    return tl.sum(tl.where(m_slot, one << slot.to(tl.int64), 0), 0)
-
-
-@triton.jit
-def summarize(b_token, m_member, num, base, codes, scales, i_leaf, o_dim, m_dim):
+def summarize(b_token, m_member, base, codes, scales, i_leaf, D: tl.constexpr, BD: tl.constexpr):
     """Store the int8 mean of members less a base; returns their mean squared distance from it."""
+    o_dim = tl.arange(0, BD)
+    m_dim = o_dim < D
+    num = tl.sum(m_member.to(tl.int32), 0)
     mean = tl.sum(tl.where(m_member[:, None], b_token, 0.0), 0) / num
     b_code, scale = quantize(mean - base)
-    dim = tl.sum(m_dim.to(tl.int32), 0)
-    tl.store(codes + i_leaf * dim + o_dim, b_code, m_dim)
+    tl.store(codes + i_leaf * D + o_dim, b_code, m_dim)
     tl.store(scales + i_leaf, scale)
     apart = tl.where(m_member[:, None] & m_dim[None, :], b_token - mean[None, :], 0.0)
     return tl.sum(tl.sum(apart * apart, 1), 0) / num

@@ -5,8 +5,15 @@ import triton
 import triton.language as tl
 
 from icecache.ops.device.records import DevicePages, DeviceTree, Leaving, Scores
-from icecache.ops.triton.arithmetic import count_bits, quantize
-from icecache.ops.triton.cut import free_slot, main_half, mask_of, summarize
+from icecache.ops.triton.arithmetic import count_bits
+from icecache.ops.triton.cut import main_half, summarize
+from icecache.ops.triton.insert_tokens import (
+    free_slot,
+    load_members,
+    mask_of,
+    slots_in_order,
+    store_members,
+)
 from icecache.ops.triton.launch import check_contiguous, num_warps, on_device_of, tile
 
 __all__ = ["insert"]
@@ -21,18 +28,14 @@ def insert(
     check_contiguous(**tree._asdict(), **pages._asdict())
     num_rows, num_pages, _, page_size, dim = pages.host.shape
     slots = 0 if pages.page_in_slot is None else pages.page_in_slot.shape[1]
-    # pointers that are not followed
-    scales = tree.spread if pages.scales is None else pages.scales
-    resident = pages.host if pages.resident is None else pages.resident
-    slot_of_page = tree.leaf_page if pages.slot_of_page is None else pages.slot_of_page
     with on_device_of(tree.centre):
         _insert_kernel[(num_rows,)](
             *tree,
             pages.host,
-            scales,
+            pages.scales,
             pages.positions,
-            resident,
-            slot_of_page,
+            pages.resident,
+            pages.slot_of_page,
             leaving.keys,
             leaving.values,
             leaving.leaves.view(torch.uint8),
@@ -47,8 +50,6 @@ def insert(
             T=page_size,
             LEAF_SIZE=leaf_size,
             ROUNDS=_POWER_ROUNDS,
-            QUANTIZED=pages.scales is not None,
-            RESIDENT=pages.resident is not None,
             BM=tile(leaf_size + 1),
             BD=tile(dim),
             BT=tile(page_size),
@@ -67,24 +68,16 @@ def _nearest_leaf(nearest, distance, i_row, N, BN: tl.constexpr):
 
 
 @triton.jit
-def _load_members(
-    host, scales, p_token, m_old, new, o_dim, m_dim, m_new, D: tl.constexpr, QUANTIZED: tl.constexpr
-):
-    """Return members as pages keep them: values, codes and scales; the new token last."""
-    mask = m_old[:, None] & m_dim[None, :]
-    b_code = tl.load(host + p_token[:, None] * D + o_dim[None, :], mask, other=0)  # [BM, BD]
-    b_new = tl.load(new + o_dim, m_dim, other=0.0).to(tl.float32)
-    b_scale = m_new.to(tl.float32)
-    if QUANTIZED:
-        b_scale = tl.load(scales + p_token, m_old, other=0.0)
-        codes, scale = quantize(b_new)
-        b_code = tl.where(m_new[:, None], codes[None, :], b_code)
-        b_scale = tl.where(m_new, scale, b_scale)
-        b_token = b_code.to(tl.float32) * b_scale[:, None]
-    else:
-        b_token = tl.where(m_new[:, None], b_new[None, :], b_code.to(tl.float32))
-        b_code = b_token
-    return b_token, b_code, b_scale
+def _target(page_used, num_pages, open_page, i_row, page, leaving, P, T: tl.constexpr):
+    """Return the page that takes what leaves, its used slots, and the first fresh page."""
+    fresh = tl.load(num_pages + i_row)
+    opened = tl.load(open_page + i_row)
+    used = tl.load(page_used + i_row * P + tl.maximum(opened, 0))
+    fits = count_bits(used) + tl.sum(leaving, 0) <= T
+    takes = (opened >= 0) & (opened != page) & fits
+    moves = tl.max(leaving, 0) == 1
+    target = tl.where(moves, tl.where(takes, opened, fresh), page)
+    return target, tl.where(moves & takes, used, 0), fresh
 
 
 @triton.jit(do_not_specialize=["L", "P", "C", "N"])
@@ -122,8 +115,6 @@ def _insert_kernel(
     T: tl.constexpr,
     LEAF_SIZE: tl.constexpr,
     ROUNDS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
-    RESIDENT: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
@@ -131,9 +122,7 @@ def _insert_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     if tl.load(leaves + i_row) != 0:
-        o_member, o_dim = tl.arange(0, BM), tl.arange(0, BD)
-        o_slot = tl.arange(0, BT).to(tl.int64)
-        m_dim = o_dim < D
+        o_member = tl.arange(0, BM)
         i_near = _nearest_leaf(nearest, distance, i_row, N, BN)
         opens = i_near < 0
         leaf = tl.maximum(i_near, 0)
@@ -141,48 +130,28 @@ def _insert_kernel(
         page = tl.where(opens, 0, tl.load(leaf_page + i_row * L + leaf))
         used = tl.load(page_used + i_row * P + page)
 
-        # which slot each member has, the new token behind them without one
-        bit = tl.where(o_slot < T, (slots >> (o_slot & 63)) & 1, 0)
-        rank = tl.cumsum(bit, 0) - 1
-        match = (rank[None, :] == o_member[:, None]) & (bit[None, :] == 1)
-        slot = tl.sum(tl.where(match, o_slot[None, :].to(tl.int32), 0), 1)  # [BM]
+        # the new token comes behind the leaf's, without a slot
+        slot = slots_in_order(slots, o_member, T, BT)  # [BM]
         num = count_bits(slots).to(tl.int32) + 1
         m_member, m_old, m_new = o_member < num, o_member < num - 1, o_member == num - 1
-        p_key = (i_row * P + page) * 2 * T + slot
-        b_key, k_code, k_scale = _load_members(
-            host, scales, p_key, m_old, left_keys + i_row * D, o_dim, m_dim, m_new, D, QUANTIZED
-        )
-        b_value, v_code, v_scale = _load_members(
-            host,
-            scales,
-            p_key + T,
-            m_old,
-            left_values + i_row * D,
-            o_dim,
-            m_dim,
-            m_new,
-            D,
-            QUANTIZED,
-        )
+        pools = (host, scales, resident)
+        i_key = (i_row * P + page) * 2 * T + slot
+        key = load_members(pools, i_key, m_old, left_keys + i_row * D, m_new, D, BD)
+        value = load_members(pools, i_key + T, m_old, left_values + i_row * D, m_new, D, BD)
         b_position = tl.load(positions + (i_row * P + page) * T + slot, m_old, other=-1)
         b_position = tl.where(m_new, tl.load(left_position + i_row), b_position)
 
         upper = tl.zeros((BM,), tl.int32)
         cuts = num > LEAF_SIZE
         if cuts:
-            upper = main_half(b_key, m_member, num, ROUNDS, BM)
+            upper = main_half(key[0], m_member, num, ROUNDS, BM)
         # from a full page the upper half leaves, or a leaf that is not cut
         leaving = tl.zeros((BM,), tl.int32)
         if count_bits(used) == T:
             leaving = tl.where(m_member & (cuts == 0), 1, upper)
-        moves = tl.max(leaving, 0)
-        moved = tl.sum(leaving, 0)
-        fresh = tl.load(num_pages + i_row)
-        opened = tl.load(open_page + i_row)
-        open_used = tl.load(page_used + i_row * P + tl.maximum(opened, 0))
-        takes = (opened >= 0) & (opened != page) & (count_bits(open_used) + moved <= T)
-        target = tl.where(moves == 1, tl.where(takes, opened, fresh), page)
-        target_used = tl.where((moves == 1) & takes, open_used, 0)
+        target, target_used, fresh = _target(
+            page_used, num_pages, open_page, i_row, page, leaving, P, T
+        )
         held = tl.load(num_leaves + i_row)
         lacks = ((opens | cuts) & (held >= L)) | (target >= P)
         # every warp has read before any writes
@@ -190,39 +159,27 @@ def _insert_kernel(
         if lacks:
             tl.store(full + i_row, 1)
         else:
-            m_leaves = leaving == 1
-            m_moved = m_old & m_leaves
-            stays = used & ~mask_of(slot, m_moved)
-            order = tl.cumsum(leaving, 0) - 1
-            to = tl.where(
-                m_leaves,
-                free_slot(target_used, order, T, BT),
-                tl.where(m_new, free_slot(stays, o_member * 0, T, BT), slot),
-            )
+            m_leaves, m_stays = leaving == 1, m_new & (leaving == 0)
+            stay = used & ~mask_of(slot, m_old & m_leaves)
+            away = free_slot(target_used, tl.cumsum(leaving, 0) - 1, T, BT)
+            to = tl.where(m_stays, free_slot(stay, o_member * 0, T, BT), slot)
+            to = tl.where(m_leaves, away, to)
             home = tl.where(m_leaves, target, page)
             m_written = m_leaves | m_new
-            p_to = (i_row * P + home) * 2 * T + to
-            mask = m_written[:, None] & m_dim[None, :]
-            p_host = p_to[:, None] * D + o_dim[None, :]
-            tl.store(host + p_host, k_code, mask)
-            tl.store(host + p_host + T * D, v_code, mask)
-            if QUANTIZED:
-                tl.store(scales + p_to, k_scale, m_written)
-                tl.store(scales + p_to + T, v_scale, m_written)
-            if RESIDENT:
+            into = home
+            if resident is not None:
                 into = tl.load(slot_of_page + i_row * P + home, m_written, other=-1)
-                p_copy = ((i_row * C + into) * 2 * T + to)[:, None] * D + o_dim[None, :]
-                m_copy = mask & (into >= 0)[:, None]
-                tl.store(resident + p_copy, b_key, m_copy)
-                tl.store(resident + p_copy + T * D, b_value, m_copy)
+            masks = (m_written, into >= 0)
+            i_to, i_copy = (i_row * P + home) * 2 * T + to, (i_row * C + into) * 2 * T + to
+            store_members(pools, key, i_to, i_copy, masks, D, BD)
+            store_members(pools, value, i_to + T, i_copy + T, masks, D, BD)
             # the new token may stay in a slot that another one leaves
-            taken = tl.max(tl.where(m_new & (leaving == 0), to, -1), 0)
-            p_position = (i_row * P + page) * T + slot
-            tl.store(positions + p_position, -1, m_moved & (slot != taken))
+            taken = tl.max(tl.where(m_stays, to, -1), 0)
+            m_freed = m_old & m_leaves & (slot != taken)
+            tl.store(positions + (i_row * P + page) * T + slot, -1, m_freed)
             tl.store(positions + (i_row * P + home) * T + to, b_position, m_written)
-            stays = stays | mask_of(to, m_new & (leaving == 0))
-            tl.store(page_used + i_row * P + page, stays)
-            if moves == 1:
+            tl.store(page_used + i_row * P + page, stay | mask_of(to, m_stays))
+            if target != page:
                 tl.store(page_used + i_row * P + target, target_used | mask_of(to, m_leaves))
             if target >= fresh:
                 tl.store(num_pages + i_row, target + 1)
@@ -230,16 +187,14 @@ def _insert_kernel(
             if opens | cuts:
                 tl.store(num_leaves + i_row, held + 1)
 
-            b_centre = tl.load(centre + i_row * D + o_dim, m_dim, other=0.0)
+            m_dim = tl.arange(0, BD) < D
+            b_centre = tl.load(centre + i_row * D + tl.arange(0, BD), m_dim, other=0.0)
             for half in range(0, 1 + cuts.to(tl.int32)):
                 m_half = m_member & (upper == half)
-                size = tl.sum(m_half.to(tl.int32), 0)
                 i_leaf = i_row * L + tl.where(half == 0, leaf, held)
-                tl.store(num_tokens + i_leaf, size)
+                tl.store(num_tokens + i_leaf, tl.sum(m_half.to(tl.int32), 0))
                 tl.store(leaf_page + i_leaf, tl.max(tl.where(m_half, home, -1), 0))
                 tl.store(leaf_slots + i_leaf, mask_of(to, m_half))
-                apart = summarize(
-                    b_key, m_half, size, b_centre, key_mean, key_scale, i_leaf, o_dim, m_dim
-                )
+                apart = summarize(key[0], m_half, b_centre, key_mean, key_scale, i_leaf, D, BD)
                 tl.store(spread + i_leaf, apart)
-                summarize(b_value, m_half, size, 0.0, value_mean, value_scale, i_leaf, o_dim, m_dim)
+                summarize(value[0], m_half, 0.0, value_mean, value_scale, i_leaf, D, BD)
