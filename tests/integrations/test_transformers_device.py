@@ -114,7 +114,7 @@ def test_a_second_turn_extends_the_conversation(model: LlamaForCausalLM) -> None
 
 
 class _Replayed:
-    """A recorder that acts as a CUDA graph does: recording does nothing, replaying counts nothing."""
+    """Acts as a CUDA graph does: recording does nothing, replaying counts nothing."""
 
     def __init__(self, failing: bool = False) -> None:
         self.cache: Callable[[], icecache.IceCache] | None = None
@@ -213,9 +213,9 @@ def test_what_the_device_path_cannot_do_is_said(model: LlamaForCausalLM, tmp_pat
         icecache.attach(model, graph=True)
     with pytest.raises(InputError, match="compile=True compiles what graph=True records"):
         icecache.attach(model, **SMALL, compile=True)
-    with pytest.raises(ConfigError, match="leaf_size must be at most half of page_size"):
-        with icecache.attach(model, **{**SMALL, "leaf_size": 6}):
-            _generate(model, _prompt(30))
+    refused = pytest.raises(ConfigError, match="leaf_size must be at most half of page_size")
+    with refused, icecache.attach(model, **{**SMALL, "leaf_size": 6}):
+        _generate(model, _prompt(30))
     with icecache.attach(model, **SMALL) as attachment:
         _generate(model, _prompt(60))
         with pytest.raises(InputError, match="device path cannot be saved"):

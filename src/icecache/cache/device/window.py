@@ -67,7 +67,7 @@ class DeviceWindow:
         return [n - left == window for n, left in zip(self.lens, self.left, strict=True)]
 
     def push(self, ops: ModuleType, keys: Tensor, values: Tensor) -> Leaving:
-        """Take one token of each row, [batch, num_kv_heads, 1, head_dim]; return what that displaces."""
+        """Take one token of each row, [batch, num_kv_heads, 1, head_dim]; what it displaces."""
         rows = (part.reshape(-1, self._settings.dim) for part in (keys, values))
         leaving: Leaving = ops.push(self.fixed, *rows)
         self.count_push()
