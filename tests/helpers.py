@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
-from icecache.cache.device.history import fixed_positions as fixed_positions_of
 from icecache.cache.device.layer import DeviceLayer
 from icecache.cache.make import make_layer
 from icecache.ops.dispatch import resolve_backend
@@ -340,6 +339,6 @@ def poison_device(layer: DeviceLayer) -> None:
     held = layer._held
     if held is not None and held.index is not None:
         held.index.pool.poison()
-        empty = fixed_positions_of(held.index) < 0
-        for entries in held.index.fixed[:2]:
+        empty = held.index.window.positions() < 0
+        for entries in held.index.window.fixed[:2]:
             entries[empty] = torch.nan

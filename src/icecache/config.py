@@ -82,7 +82,7 @@ class IceCacheConfig:
         Of offloaded pages: the model's dtype, or int8 codes with a scale per token, for half the
         host memory and transfers. The device path alone has it.
     device_slots : int, optional
-        Pages that a KV head keeps on the device; by default four times what a step selects. More
+        Pages that a KV head keeps on the device; by default twice what a step selects at most. More
         take device memory and save transfers.
     max_context : int, optional
         Tokens of a row that the device path makes room for at once; by default those of the prompt

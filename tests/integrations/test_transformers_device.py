@@ -114,7 +114,7 @@ def test_a_second_turn_extends_the_conversation(model: LlamaForCausalLM) -> None
 
 
 class _Replayed:
-    """A recorder that acts as a CUDA graph does: recording does nothing, replaying counts nothing."""
+    """Acts as a CUDA graph does: recording does nothing, replaying counts nothing."""
 
     def __init__(self, failing: bool = False) -> None:
         self.cache: Callable[[], icecache.IceCache] | None = None
@@ -139,8 +139,8 @@ class _Replayed:
             marks = [core.mark() for core in cores]
             columns = [layer.num_columns for layer in self.cache().layers]
             for core in cores:
-                index = core._held.index
-                index.lens, index.left = ([n - 1 for n in x] for x in (index.lens, index.left))
+                window = core._held.index.window
+                window.lens, window.left = ([n - 1 for n in x] for x in window.mark())
             result.copy_(call())
             for core, mark, layer, num in zip(cores, marks, self.cache().layers, columns):
                 core.rewind(mark)
@@ -152,7 +152,7 @@ class _Replayed:
 
 def _tensors(core: Any) -> list[Tensor]:
     index = core._held.index
-    parts = [*index.tree, *index.pages, *index.fixed[:4], index.step_number]
+    parts = [*index.tree, *index.pages, *index.window.fixed[:4], index.step_number]
     return [part for part in parts if part is not None]
 
 
@@ -213,9 +213,9 @@ def test_what_the_device_path_cannot_do_is_said(model: LlamaForCausalLM, tmp_pat
         icecache.attach(model, graph=True)
     with pytest.raises(InputError, match="compile=True compiles what graph=True records"):
         icecache.attach(model, **SMALL, compile=True)
-    with pytest.raises(ConfigError, match="leaf_size must be at most half of page_size"):
-        with icecache.attach(model, **{**SMALL, "leaf_size": 6}):
-            _generate(model, _prompt(30))
+    refused = pytest.raises(ConfigError, match="leaf_size must be at most half of page_size")
+    with refused, icecache.attach(model, **{**SMALL, "leaf_size": 6}):
+        _generate(model, _prompt(30))
     with icecache.attach(model, **SMALL) as attachment:
         _generate(model, _prompt(60))
         with pytest.raises(InputError, match="device path cannot be saved"):

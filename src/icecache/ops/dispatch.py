@@ -70,11 +70,11 @@ def device_ops(backend: str, device: torch.device) -> ModuleType:
         return import_module("icecache.ops.device.twin")
     if find_spec("triton") is None:
         raise BackendUnavailable(
-            'backend="triton" needs Triton, which comes with torch\'s CUDA build: pip install triton'
+            'backend="triton" needs Triton, which comes with torch for CUDA: pip install triton'
         )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailable(
-            'backend="triton" needs a CUDA device; on a CPU set TRITON_INTERPRET=1 before the first '
-            'use, which runs the kernels slowly, for tests, or take backend="twin"'
+            'backend="triton" needs a CUDA device; on a CPU take backend="twin", or, for tests, set '
+            "TRITON_INTERPRET=1 before Triton is first imported"
         )
     return import_module("icecache.ops.triton")

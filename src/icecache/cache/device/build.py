@@ -106,6 +106,9 @@ def store(
         Carries the pages to host memory.
     """
     first_leaf, first_page = at
+    if pages.scales is not None:
+        # a leaf's summary is what the pages hold of its tokens, as after an insert
+        tokens = tokens._replace(keys=_rounded(tokens.keys), values=_rounded(tokens.values))
     if first_leaf == 0:
         stride = -(-tokens.keys.shape[0] // _CENTRE_SAMPLE)
         tree.centre[row] = tokens.keys[::stride].float().mean(0)
@@ -146,6 +149,11 @@ def _write_pages(
     positions = torch.full_like(source, -1, dtype=torch.int32)
     positions[where] = torch.arange(tokens.first, tokens.first + num, device=device).int()
     outbound.copy(positions.view(-1, page_size), pages.positions[row, span])
+
+
+def _rounded(x: Tensor) -> Tensor:
+    codes, scales = quantize(x)
+    return codes.float() * scales[..., None]
 
 
 def _write_leaves(

@@ -18,12 +18,14 @@ def check_index(index: DeviceIndex) -> None:
     if bool(index.tree.full.any()):
         raise IntegrityError("an insert on the device found no room, and its token is lost")
     config, heads = index.settings.config, index.settings.heads
-    if index.fixed.lens.tolist() != index.lens or index.fixed.left.tolist() != index.left:
+    window = index.window
+    counted = window.fixed.lens.tolist(), window.fixed.left.tolist()
+    if counted != (window.lens, window.left):
         raise IntegrityError("the device counts other lengths than the host")
-    waiting = [0] * len(index.lens)
+    waiting = [0] * len(window.lens)
     if index.leaving is not None:
         waiting = index.leaving.leaves[::heads].tolist()
-    for row, (left, waits) in enumerate(zip(index.left, waiting, strict=True)):
+    for row, (left, waits) in enumerate(zip(window.left, waiting, strict=True)):
         expected = torch.arange(config.sink, left - waits, dtype=torch.int32)
         for own in index.pages.positions[row * heads : (row + 1) * heads].cpu():
             if not torch.equal(own[own >= 0].sort().values, expected):

@@ -64,7 +64,7 @@ class DeviceContext:
             assert self.tail is not None
             return min(self.tail.lens)
         fresh = [0] * self.batch_size if self.fresh is None else self.fresh.counts
-        return min(n + more for n, more in zip(self.index.may_crop, fresh, strict=True))
+        return min(n + more for n, more in zip(self.index.window.may_crop, fresh, strict=True))
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Take new tokens in; shapes as in `DeviceLayer.append`."""
@@ -188,7 +188,7 @@ class DeviceContext:
         if self.tail is not None:
             return self.tail.lens
         assert self.index is not None
-        return self.index.lens
+        return self.index.window.lens
 
     def _check_whole(self) -> None:
         if self.is_torn:

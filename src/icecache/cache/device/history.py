@@ -14,7 +14,7 @@ from torch import Tensor
 from icecache.cache.device.index import DeviceIndex, Fresh
 from icecache.ops.device.bits import has_bit
 
-__all__ = ["Asked", "attend_history", "fixed_positions"]
+__all__ = ["Asked", "attend_history"]
 
 _BLOCK_LOGITS = 1 << 26
 
@@ -77,13 +77,13 @@ def attend_history(
 
 
 def _blocks(index: DeviceIndex, fresh: Fresh | None, num_queries: int) -> Iterator[_Keys]:
-    fixed = index.fixed
-    yield _Keys(fixed.keys, fixed.values, fixed_positions(index))
+    fixed = index.window.fixed
+    yield _Keys(fixed.keys, fixed.values, index.window.positions())
     if fresh is not None:
         yield from _fresh_blocks(index, fresh, num_queries)
     index.wait_for_transfers()
     num_pages = int(index.tree.num_pages.max())
-    rows, page_size = index.fixed.keys.shape[0], index.pages.host.shape[3]
+    rows, page_size = fixed.keys.shape[0], index.pages.host.shape[3]
     step = max(1, _BLOCK_LOGITS // (rows * num_queries * page_size))
     for start in range(0, num_pages, step):
         yield _page_block(index, start, min(start + step, num_pages))
@@ -101,21 +101,12 @@ def _page_block(index: DeviceIndex, start: int, end: int) -> _Keys:
     return _Keys(keys, values, torch.where(used, position.long(), -1))
 
 
-def fixed_positions(index: DeviceIndex) -> Tensor:
-    """Return the positions in sink and window, -1 for no token; shape [rows, entries], int64."""
-    fixed, heads = index.fixed, index.settings.heads
-    size = fixed.keys.shape[1]
-    entry = torch.arange(size, device=fixed.lens.device)
-    left, lens = fixed.left[:, None].long(), fixed.lens[:, None]
-    in_ring = left + (entry - left) % (size - fixed.sink)
-    position = torch.where(entry < fixed.sink, entry, in_ring)
-    return torch.where(position < lens, position, -1).repeat_interleave(heads, 0)
-
-
 def _fresh_blocks(index: DeviceIndex, fresh: Fresh, num_queries: int) -> Iterator[_Keys]:
     heads, columns = index.settings.heads, fresh.keys.shape[2]
     device = fresh.keys.device
-    lens, counts = (torch.tensor(x, device=device)[:, None] for x in (index.lens, fresh.counts))
+    lens, counts = (
+        torch.tensor(x, device=device)[:, None] for x in (index.window.lens, fresh.counts)
+    )
     number = torch.arange(columns, device=device) - (columns - counts)
     position = torch.where(number >= 0, lens + number, -1).repeat_interleave(heads, 0)
     step = max(1, _BLOCK_LOGITS // (position.shape[0] * num_queries))

@@ -13,7 +13,8 @@ from torch import Tensor
 from icecache.cache.device.build import Built, NewTokens, build, store
 from icecache.cache.device.settings import DeviceSettings
 from icecache.cache.device.transfer import Outbound
-from icecache.ops.device.records import DevicePages, DeviceTree, Fixed, Leaving
+from icecache.cache.device.window import DeviceWindow
+from icecache.ops.device.records import DevicePages, DeviceTree, Leaving
 from icecache.store.device_pool import DevicePool, PoolShape
 
 __all__ = ["DeviceIndex", "Fresh"]
@@ -51,26 +52,30 @@ class DeviceIndex:
     ops : module
         `icecache.ops.device.twin` or `icecache.ops.triton`.
     batch : int
+
+    Attributes
+    ----------
+    window : DeviceWindow
+    leaving : Leaving, optional
+        What the latest token displaced, while it waits for its insert.
+    step_number : Tensor, shape [1], int32
+    is_torn : bool
+        Whether a call was interrupted while it moved tokens.
+    most_leaves, most_pages : int
+        No row has more; what is not counted exactly is counted too high.
     """
 
     def __init__(self, settings: DeviceSettings, ops: ModuleType, batch: int) -> None:
         self.settings, self._ops = settings, ops
-        self.lens, self.left = [0] * batch, [settings.config.sink] * batch
-        self.is_torn = False
-        self._outbound = Outbound(settings.device)
-        self.most_leaves = self.most_pages = 0
-        self._pool = DevicePool(self._shape_for(0, 0), settings.device)
-        config = settings.config
-        shape = (batch * settings.heads, config.sink + config.window, settings.dim)
-        with torch.inference_mode(False):
-            lens = torch.zeros(batch, dtype=torch.int32, device=settings.device)
-            keys = torch.zeros(shape, dtype=settings.dtype, device=settings.device)
-            left = torch.full_like(lens, config.sink)
-            self.fixed = Fixed(keys, torch.zeros_like(keys), lens, left, config.sink)
-            self.step_number = torch.zeros_like(lens[:1])
+        self.window = DeviceWindow(settings, batch)
         self.leaving: Leaving | None = None
         self._num_leaving = 0
-        self._nobody = self._nothing_leaves()
+        self.is_torn = False
+        self.most_leaves = self.most_pages = 0
+        self._outbound = Outbound(settings.device)
+        self._pool = DevicePool(self._shape_for(0, 0), settings.device)
+        with torch.inference_mode(False):
+            self.step_number = torch.zeros_like(self.window.fixed.lens[:1])
 
     @property
     def tree(self) -> DeviceTree:
@@ -88,77 +93,24 @@ class DeviceIndex:
         return self._pool
 
     @property
-    def in_tree(self) -> list[int]:
-        """Tokens of each batch row that are in the tree, or wait for their insert."""
-        return [left - self.settings.config.sink for left in self.left]
-
-    @property
-    def may_crop(self) -> list[int]:
-        """Tokens that each batch row can lose: what has not gone into the tree."""
-        sink = self.settings.config.sink
-        ends = zip(self.lens, self.left, strict=True)
-        return [n if left == sink else n - left for n, left in ends]
-
-    @property
     def num_fixed(self) -> list[int]:
-        """Tokens of each row (batch row x KV head) in sink and window, and what leaves it."""
-        sink, more = self.settings.config.sink, int(self.leaving is not None)
-        each = zip(self.lens, self.left, strict=True)
-        fixed = [min(n, sink) + max(0, n - left) + more for n, left in each]
-        return [num for num in fixed for _ in range(self.settings.heads)]
+        """Tokens of each batch row in sink and window, and what leaves it."""
+        return [num + (self.leaving is not None) for num in self.window.num_fixed]
 
     @property
     def room(self) -> int:
         """Tokens that the budget leaves a row beside those."""
         return max(0, self.settings.config.budget - max(self.num_fixed))
 
-    @property
-    def is_steady(self) -> bool:
-        """Whether each row's window is full: every step does the same from now on."""
-        window = self.settings.config.window
-        return all(n - left == window for n, left in zip(self.lens, self.left, strict=True))
-
-    @property
-    def nothing_leaves(self) -> Leaving:
-        """No leaving token."""
-        return self._nobody
-
     def push(self, keys: Tensor, values: Tensor) -> None:
         """Take one token of each row, [batch, num_kv_heads, 1, head_dim]; `settle` comes after."""
         assert self.leaving is None
         self.make_room(1, 1)
-        window = self.settings.config.window
-        leaves = [n - left == window for n, left in zip(self.lens, self.left, strict=True)]
-        rows = self.settings.rows_of(keys), self.settings.rows_of(values)
-        leaving = self._ops.push(self.fixed, *rows)
-        self.leaving = leaving if any(leaves) else None
-        self._num_leaving = self.settings.heads * sum(leaves)
-        self.lens = [n + 1 for n in self.lens]
-        self.left = [left + one for left, one in zip(self.left, leaves, strict=True)]
-        if any(leaves):
-            self.most_leaves += 1
-            self.most_pages += 1
-
-    def addresses(self) -> tuple[int, ...]:
-        """Return where a step reads and writes, and how much it selects."""
-        parts = (self.fixed.keys, self.tree.key_mean, self.pages.host, self.step_number)
-        return (self.room, *(part.data_ptr() for part in parts))
-
-    def count_step(self) -> int:
-        """Take note of a whole step that the device did; returns how many tokens it inserted."""
-        self.lens = [n + 1 for n in self.lens]
-        self.left = [n + 1 for n in self.left]
-        self.most_leaves += 1
-        self.most_pages += 1
-        return len(self.lens) * self.settings.heads
-
-    def mark(self) -> tuple[object, ...]:
-        """Return what the host counts, for `rewind`."""
-        return list(self.lens), list(self.left), self.most_leaves, self.most_pages, self.leaving
-
-    def rewind(self, mark: Any) -> None:
-        """Count as at a mark."""
-        self.lens, self.left, self.most_leaves, self.most_pages, self.leaving = mark
+        num_leaving = sum(self.window.is_full)
+        leaving = self.window.push(self._ops, keys, values)
+        if num_leaving:
+            self.leaving, self._num_leaving = leaving, num_leaving * self.settings.heads
+            self._count_insert()
 
     def settle(self) -> int:
         """Insert what the last `push` displaced, unless a step has; returns how many tokens."""
@@ -182,14 +134,14 @@ class DeviceIndex:
         """
         inserted = self.settle()
         self.is_torn = True
-        had = self.in_tree
-        leaving = [self._slide(row, *fresh.of_row(row)) for row in range(len(fresh.counts))]
-        self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
-        self.fixed.left.copy_(torch.tensor(self.left, dtype=torch.int32))
+        sink = self.settings.config.sink
+        has_leaves = [left > sink for left in self.window.left]
+        leaving = [self.window.slide(row, *fresh.of_row(row)) for row in range(len(has_leaves))]
+        self.window.publish()
         numbers = [tokens.keys.shape[1] for tokens in leaving]
-        joins = [0 < n <= _INSERT_AT_MOST and old > 0 for n, old in zip(numbers, had, strict=True)]
+        joins = [had and 0 < n <= _INSERT_AT_MOST for n, had in zip(numbers, has_leaves)]
         self._join_many(leaving, joins)
-        self._build_rows({r: t for r, t in enumerate(leaving) if t.keys.shape[1] and not joins[r]})
+        self._build_rows({r: t for r, t in enumerate(leaving) if numbers[r] and not joins[r]})
         self.is_torn = False
         joined = self.settings.heads * sum(n for n, one in zip(numbers, joins, strict=True) if one)
         return inserted + joined, self.settings.heads * sum(numbers) - joined
@@ -197,39 +149,26 @@ class DeviceIndex:
     def crop(self, nums: list[int]) -> int:
         """Drop the latest tokens of each batch row; returns how many were inserted for it."""
         inserted = self.settle()
-        self.lens = [n - num for n, num in zip(self.lens, nums, strict=True)]
-        self.fixed.lens.copy_(torch.tensor(self.lens, dtype=torch.int32))
+        self.window.crop(nums)
         return inserted
 
     def reorder(self, rows: Tensor) -> int:
         """Take batch rows in a new order; returns how many tokens were inserted for it."""
         inserted = self.settle()
-        self._outbound.wait()
-        heads = torch.arange(self.settings.heads)
-        each = (rows[:, None] * self.settings.heads + heads).flatten()
-        self._pool = self._pool.reordered(each)
-        where, each = rows.to(self.settings.device), each.to(self.settings.device)
-        keys, values, lens, left, sink = self.fixed
-        with torch.inference_mode(False):
-            self.fixed = Fixed(keys[each], values[each], lens[where], left[where], sink)
-        self.lens = [self.lens[row] for row in rows.tolist()]
-        self.left = [self.left[row] for row in rows.tolist()]
-        self._nobody = self._nothing_leaves()
+        self.wait_for_transfers()
+        self._pool, self.window = self._copies(rows)
         return inserted
 
     def fork(self) -> "DeviceIndex":
-        """Return a copy that shares nothing."""
-        self.settle()
+        """Return a copy that shares nothing; nothing may be leaving."""
+        assert self.leaving is None
+        self.wait_for_transfers()
         other = object.__new__(DeviceIndex)
         other.__dict__.update(self.__dict__)
-        self._outbound.wait()
-        batch = len(self.lens)
-        other._pool = self._pool.reordered(torch.arange(batch * self.settings.heads))
-        with torch.inference_mode(False):
-            other.fixed = self.fixed.to(self.settings.device)
-            other.step_number = self.step_number.clone()
-        other.lens, other.left = list(self.lens), list(self.left)
         other._outbound = Outbound(self.settings.device)
+        other._pool, other.window = self._copies(torch.arange(len(self.window.lens)))
+        with torch.inference_mode(False):
+            other.step_number = self.step_number.clone()
         return other
 
     def make_room(self, leaves: int, pages: int) -> None:
@@ -246,50 +185,48 @@ class DeviceIndex:
         leaves, pages = leaves + self.most_leaves, pages + self.most_pages
         if leaves <= shape.leaves and pages <= shape.pages:
             return
-        self._outbound.wait()
+        self.wait_for_transfers()
         self._pool = self._pool.grown(self._shape_for(leaves, pages))
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where a step reads and writes, and how much it selects."""
+        fixed = self.window.fixed.keys
+        parts = (fixed, self.tree.key_mean, self.pages.host, self.step_number)
+        return (self.room, *(part.data_ptr() for part in parts))
+
+    def count_step(self) -> int:
+        """Take note of a whole step that the device did; returns how many tokens it inserted."""
+        num = sum(self.window.is_full) * self.settings.heads
+        self.window.count_push()
+        self._count_insert()
+        return num
+
+    def mark(self) -> tuple[object, ...]:
+        """Return what the host counts, for `rewind`."""
+        return self.window.mark(), self.most_leaves, self.most_pages, self.leaving
+
+    def rewind(self, mark: Any) -> None:
+        """Count as at a mark."""
+        window, self.most_leaves, self.most_pages, self.leaving = mark
+        self.window.rewind(window)
 
     def join_transfers(self) -> None:
         """Let the steps from here on see pages that are still on their way to host memory."""
         self._outbound.join()
 
     def wait_for_transfers(self) -> None:
-        """Wait until all pages are in host memory."""
+        """Wait until all pages are in host memory, and for all that was asked of the device."""
         self._outbound.wait()
 
     def close(self) -> None:
         """Let the memory go."""
-        self._outbound.wait()
+        self.wait_for_transfers()
         self._pool.close()
 
-    def _slide(self, row: int, keys: Tensor, values: Tensor) -> NewTokens:
-        """Move a row's sink and window on by its new tokens; returns what leaves them."""
-        config = self.settings.config
-        sink, window = config.sink, config.window
-        own = slice(row * self.settings.heads, (row + 1) * self.settings.heads)
-        stores = self.fixed.keys[own], self.fixed.values[own]
-        length, left = self.lens[row], self.left[row]
-        fill = min(keys.shape[1], max(0, sink - length))
-        new_length = length + keys.shape[1]
-        new_left = max(left, new_length - window)
-        first = max(length, sink)
-        in_ring = self._ring(left, min(new_left, first))
-        kept = max(first, new_left)
-        moved: list[Tensor] = []
-        for held, part in zip(stores, (keys, values), strict=True):
-            held[:, length : length + fill] = part[:, :fill]
-            rest = part[:, fill:]
-            moved.append(torch.cat([held[:, in_ring], rest[:, : kept - first]], 1))
-            if new_length > kept:
-                held[:, self._ring(kept, new_length)] = rest[:, kept - first :]
-        self.lens[row], self.left[row] = new_length, new_left
-        return NewTokens(moved[0], moved[1], left)
-
-    def _ring(self, start: int, end: int) -> Tensor:
-        """Return where the window keeps positions from start to end."""
-        sink, window = self.settings.config.sink, self.settings.config.window
-        positions = torch.arange(start, max(start, end), device=self.settings.device)
-        return sink + (positions - sink) % window
+    def _copies(self, rows: Tensor) -> tuple[DevicePool, DeviceWindow]:
+        heads = self.settings.heads
+        each = (rows[:, None] * heads + torch.arange(heads)).flatten()
+        return self._pool.reordered(each), self.window.reordered(rows.tolist())
 
     def _join_many(self, leaving: list[NewTokens], joins: list[bool]) -> None:
         """Insert the leaving tokens of some rows, one after the other."""
@@ -298,12 +235,10 @@ class DeviceIndex:
         for i in range(longest):
             takes = [one and i < t.keys.shape[1] for t, one in zip(leaving, joins, strict=True)]
             self._join(self._leaving_at(leaving, takes, i))
-            self.most_leaves += 1
-            self.most_pages += 1
+            self._count_insert()
 
     def _leaving_at(self, leaving: list[NewTokens], takes: list[bool], i: int) -> Leaving:
-        heads, device = self.settings.heads, self.settings.device
-        nothing = self.nothing_leaves
+        heads, nothing = self.settings.heads, self.window.nothing_leaves
         keys, values = nothing.keys.clone(), nothing.values.clone()
         positions = []
         for row, (tokens, one) in enumerate(zip(leaving, takes, strict=True)):
@@ -311,16 +246,20 @@ class DeviceIndex:
             if one:
                 keys[own], values[own] = tokens.keys[:, i], tokens.values[:, i]
             positions.append(tokens.first + i if one else -1)
-        position = torch.tensor(positions, dtype=torch.int32, device=device)
+        position = torch.tensor(positions, dtype=torch.int32, device=keys.device)
         position = position.repeat_interleave(heads)
         return Leaving(keys, values, position >= 0, position)
 
     def _join(self, leaving: Leaving) -> None:
-        ops, dim = self._ops, self.settings.dim
         self.join_transfers()
-        query = leaving.keys.new_zeros(leaving.keys.shape[0], 1, dim)
-        scores = ops.score(query, self.tree, leaving, 1.0, None, 0.0)
-        ops.insert(self.tree, self.pages, leaving, scores, self.settings.config.leaf_size)
+        query = leaving.keys.new_zeros(leaving.keys.shape[0], 1, self.settings.dim)
+        scores = self._ops.score(query, self.tree, leaving, 1.0, None, 0.0)
+        leaf_size = self.settings.config.leaf_size
+        self._ops.insert(self.tree, self.pages, leaving, scores, leaf_size)
+
+    def _count_insert(self) -> None:
+        self.most_leaves += 1
+        self.most_pages += 1
 
     def _build_rows(self, rows: dict[int, NewTokens]) -> None:
         """Make leaves of batch rows' leaving tokens; a pool of the size that they need."""
@@ -334,6 +273,8 @@ class DeviceIndex:
         most_leaves = max(leaves[row] + one.num_leaves for row, one in each)
         most_pages = max(pages[row] + one.num_pages for row, one in each)
         self.make_room(max(0, most_leaves - max(leaves)), max(0, most_pages - max(pages)))
+        # new pages are not read before they have come; old ones may be written by inserts
+        self.join_transfers()
         for row, one in each:
             tokens, head = rows[row // heads], row % heads
             own = NewTokens(tokens.keys[head], tokens.values[head], tokens.first)
@@ -350,13 +291,5 @@ class DeviceIndex:
         return [one for part in parts for one in build(part, self.settings.build_config)]
 
     def _shape_for(self, leaves: int, pages: int) -> PoolShape:
-        tokens = max(self.lens)
-        return self.settings.pool_shape(len(self.lens), tokens, leaves, pages)
-
-    def _nothing_leaves(self) -> Leaving:
-        rows = len(self.lens) * self.settings.heads
-        device = self.settings.device
-        with torch.inference_mode(False):
-            nothing = torch.zeros(rows, self.settings.dim, dtype=self.settings.dtype, device=device)
-            position = torch.full((rows,), -1, dtype=torch.int32, device=device)
-            return Leaving(nothing, nothing, position >= 0, position)
+        lens = self.window.lens
+        return self.settings.pool_shape(len(lens), max(lens), leaves, pages)

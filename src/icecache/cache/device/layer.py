@@ -199,12 +199,19 @@ class DeviceLayer:
             with on_device(self.device):
                 self._held.reorder(rows)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let all tokens that were given enter the window and the tree, as the next step would."""
+        if self._held is not None:
+            with on_device(self.device):
+                self._held.settle()
+
     def is_steady(self) -> bool:
         """Whether the next step does what every later one does; makes room for it first."""
         index = None if self._held is None else self._held.index
         if index is None or self._held is None or self._held.fresh is not None:
             return False
-        if index.leaving is not None or not index.is_steady:
+        if index.leaving is not None or not all(index.window.is_full):
             return False
         with on_device(self.device):
             index.make_room(1, 1)

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError
@@ -13,7 +12,7 @@ from icecache.store.device_pool import PoolShape, free_device_bytes
 __all__ = ["DeviceSettings", "OffloadChoice", "check_device_config", "most_selected"]
 
 _LEAST_PAGE, _MOST_PAGE = 8, 64
-_SLOTS_PER_SELECTED = 4
+_SLOTS_PER_SELECTED = 2
 _GROWTH_TOKENS = 4096
 _MARGIN = 64
 _ONE_BUILD = 33
@@ -49,10 +48,6 @@ class DeviceSettings(NamedTuple):
     def build_config(self) -> IceCacheConfig:
         """The config that trees are built with: by torch, wherever the keys are."""
         return self.config.replace(backend="torch", offload="auto", page_dtype="auto")
-
-    def rows_of(self, tokens: Tensor) -> Tensor:
-        """Return one token a row, [batch, heads, 1, dim] as [rows, dim]."""
-        return tokens.reshape(-1, self.dim)
 
     def spare(self, tokens: int) -> tuple[int, int]:
         """Return leaves and pages that rows of so many tokens get room for beside those in use.

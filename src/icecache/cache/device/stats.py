@@ -101,7 +101,7 @@ def _sizes(context: DeviceContext | None) -> dict[str, int]:
     if context.fresh is not None:
         kv += 2 * context.fresh.keys.numel() * context.fresh.keys.element_size()
     if context.index is not None:
-        shape, fixed = context.index.pool.shape, context.index.fixed
+        shape, fixed = context.index.pool.shape, context.index.window.fixed
         kv += shape.page_bytes + shape.slot_bytes
         kv += 2 * fixed.keys.numel() * fixed.keys.element_size()
         index_bytes, host = shape.summary_bytes, shape.host_bytes

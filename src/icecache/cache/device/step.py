@@ -21,7 +21,7 @@ class Stepped(NamedTuple):
     out : shape [rows, heads, head_dim], float32
     selected : shape [rows, pages], int32. Pages attended exactly, -1 behind them.
     used : shape [rows, pages of the layer], int64. Occupied slots, a bit each, after the step.
-    num_fixed : shape [rows]. Tokens of sink and window.
+    num_fixed : tokens of each batch row beside those.
     """
 
     out: Tensor
@@ -33,7 +33,8 @@ class Stepped(NamedTuple):
         """Return the tokens attended exactly, shape [rows], int64; before the next step."""
         pages = self.used.gather(1, self.selected.clamp(min=0).long())
         sizes = count_bits(pages).masked_fill_(self.selected < 0, 0).sum(1)
-        return sizes + torch.tensor(self.num_fixed, device=sizes.device)
+        fixed = torch.tensor(self.num_fixed, device=sizes.device)
+        return sizes + fixed.repeat_interleave(sizes.numel() // fixed.numel())
 
 
 def attend_step(
@@ -57,10 +58,10 @@ def attend_step(
     sink_logits : Tensor, shape [rows, heads], optional
     """
     settings, tree, pages = index.settings, index.tree, index.pages
-    leaving = index.leaving or index.nothing_leaves
+    leaving = index.leaving or index.window.nothing_leaves
     ask = scaling, softcap
     index.join_transfers()
-    fixed = ops.attend_fixed(query, index.fixed, leaving, *ask)
+    fixed = ops.attend_fixed(query, index.window.fixed, leaving, *ask)
     scores = ops.score(query, tree, leaving, *ask, settings.config.spread_weight)
     votes = ops.vote(scores, fixed, tree, tree.page_used.shape[1])
     selected = ops.select(votes, tree.page_used, index.room, most_selected(settings.config))

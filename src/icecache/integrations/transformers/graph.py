@@ -45,7 +45,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise BackendUnavailable("graph=True needs a CUDA device; pass graph=False")
-        self._memory = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Capture the call; see `Recorder`."""
