@@ -1,4 +1,4 @@
-"""Without a GPU the kernels are interpreted, and Triton must know that when it is first imported."""
+"""Without a GPU kernels are interpreted, and Triton must know that when it is first imported."""
 
 import os
 

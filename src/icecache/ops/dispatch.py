@@ -74,7 +74,7 @@ def device_ops(backend: str, device: torch.device) -> ModuleType:
         )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailable(
-            'backend="triton" needs a CUDA device; on a CPU take backend="twin", or, for tests, set '
+            'backend="triton" needs a CUDA device; on a CPU take backend="twin", or for tests set '
             "TRITON_INTERPRET=1 before Triton is first imported"
         )
     return import_module("icecache.ops.triton")

@@ -1,6 +1,5 @@
 """`DeviceLayer`: the key-value cache of one attention layer, decoded on a device."""
 
-from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from icecache.cache.device.step import attend_step
 from icecache.cache.device.transfer import on_device
 from icecache.cache.stats import LayerStats, Phase
 from icecache.config import IceCacheConfig
-from icecache.errors import InputError
+from icecache.errors import ConfigError, InputError
 from icecache.ops.dispatch import device_backend, device_ops
 from icecache.store.memory import check_host_limit
 
@@ -63,11 +62,12 @@ class DeviceLayer:
         head_dim: int,
         dtype: torch.dtype,
         device: str | torch.device = "cuda",
-        executor: Executor | None = None,
         choice: OffloadChoice | None = None,
     ) -> None:
         expected = Expected.checked(num_kv_heads, head_dim, dtype, device, ("cpu", "cuda"))
         check_device_config(config)
+        if dtype == torch.float64:
+            raise ConfigError("dtype must have at most 32 bits on the device path, got float64")
         self._expected = expected
         self.config = config
         self.num_kv_heads, self.head_dim, self.dtype, self.device = expected
@@ -254,7 +254,7 @@ class DeviceLayer:
         self._held, self._unsettled = None, 0
 
     @torch.no_grad()
-    def fork(self, executor: Executor | None = None) -> "DeviceLayer":
+    def fork(self) -> "DeviceLayer":
         """Return a layer with a copy of the context, independent of this one from now on."""
         other = object.__new__(DeviceLayer)
         other.__dict__.update(self.__dict__)

@@ -162,12 +162,6 @@ class IceCache(Cache):
         """Take back a forward that failed."""
         self._forward.undo()
 
-    def forget_forward(self) -> None:
-        """Drop the record of a forward that has changed nothing."""
-        for layer in self.managed.values():
-            layer.num_columns, layer.is_pending = self._forward.past, False
-        self._forward.settle()
-
     @property
     def managed(self) -> dict[int, ManagedLayer]:
         """The layers that IceCache manages, by index."""

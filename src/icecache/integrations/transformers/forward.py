@@ -39,11 +39,6 @@ class ForwardPass:
         self.batch_size: int | None = None
         self.padding = Padding()
 
-    @property
-    def past(self) -> int:
-        """Columns that the layers had before the running forward."""
-        return self._past
-
     def enter(self, layer_index: int, keys: torch.Tensor) -> None:
         """Check one update before anything changes; `InputError` leaves the cache as it was."""
         last = self._last
@@ -96,6 +91,12 @@ class ForwardPass:
         self._last = len(self._layers)
         if self._past == 0:
             self.batch_size = None
+
+    def forget(self, num_columns: int) -> None:
+        """Drop the record of a forward that has changed no core; num_columns: those before it."""
+        for layer in self._managed:
+            layer.num_columns, layer.is_pending = num_columns, False
+        self.settle()
 
     def clear(self) -> None:
         """Forget everything, as `reset` does."""

@@ -139,7 +139,7 @@ class GraphStep:
         positions: Tensor,
     ) -> bool:
         """Record the next step; the host counts it now, as the replay that follows does it."""
-        marks = [core.mark() for core in cores]
+        marks, columns = [core.mark() for core in cores], cache.get_seq_length()
         inputs = token_ids.clone(), positions.clone()
         self._recorded = None
         try:
@@ -151,7 +151,7 @@ class GraphStep:
             self._can_record = False
             for core, mark in zip(cores, marks, strict=True):
                 core.rewind(mark)
-            cache.forget_forward()
+            cache.forward_pass.forget(columns)
             return False
         self._recorded = _Recorded(signature, *inputs, logits, replay)
         return True
