@@ -21,7 +21,8 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from icecache import IceCacheConfig, IceCacheLayer
+from icecache import IceCacheConfig
+from icecache.cache.make import AnyLayer, make_layer
 from icecache.errors import IceCacheError, InputError
 
 VARIANTS = ("default", "paper", "exact")
@@ -106,16 +107,16 @@ def build_config(variant: str, budget: int, overrides: dict[str, Any]) -> IceCac
     return IceCacheConfig.from_kwargs(**settings)
 
 
-def prefilled_layer(config: IceCacheConfig, keys: Tensor, values: Tensor) -> IceCacheLayer:
+def prefilled_layer(config: IceCacheConfig, keys: Tensor, values: Tensor) -> AnyLayer:
     """A layer that holds `keys` and `values` (`[num_kv_heads, tokens, head_dim]`) as its prompt."""
-    layer = IceCacheLayer(
+    layer = make_layer(
         config, num_kv_heads=keys.shape[0], head_dim=keys.shape[-1], dtype=keys.dtype, device="cpu"
     )
     layer.prefill(keys[None], values[None])
     return layer
 
 
-def attend_steps(layer: IceCacheLayer, queries: Tensor, scaling: float) -> Tensor:
+def attend_steps(layer: AnyLayer, queries: Tensor, scaling: float) -> Tensor:
     """Attend each query on the state as it is: `[steps, num_q_heads, head_dim]`."""
     outputs = [layer.attend(query[None, :, None], scaling=scaling) for query in queries]
     return torch.cat(outputs)[:, :, 0]

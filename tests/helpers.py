@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
+from icecache.cache.device.layer import DeviceLayer
+from icecache.cache.make import make_layer
 from icecache.ops.dispatch import resolve_backend
 from tests.descent import estimate, slow_descent
 
@@ -28,6 +30,8 @@ SMALL_HEADS, SMALL_DIM = 2, 16
 HAS_NATIVE = resolve_backend("auto") == "native"
 BACKENDS = ["torch", "reference", *(["native"] if HAS_NATIVE else [])]
 FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
+# the device path in plain torch: another layer class of the same face
+LAYER_BACKENDS = [*FAST_BACKENDS, "twin"]
 
 
 class KeysValues(NamedTuple):
@@ -82,10 +86,10 @@ def make_query(
     return torch.randn(batch, heads, tokens, dim, generator=rng(seed)).to(dtype)
 
 
-def small_layer(**settings: Any) -> IceCacheLayer:
+def small_layer(**settings: Any) -> Any:
     """Return a layer of two KV heads of 16 that indexes beyond 24 tokens."""
     config = IceCacheConfig.from_kwargs(**{**SMALL, **settings})
-    return IceCacheLayer(config, num_kv_heads=SMALL_HEADS, head_dim=SMALL_DIM, dtype=torch.float32)
+    return make_layer(config, num_kv_heads=SMALL_HEADS, head_dim=SMALL_DIM, dtype=torch.float32)
 
 
 def left_padded(lens: list[int], width: int | None = None) -> Tensor:
@@ -314,8 +318,11 @@ def _estimates(
     return torch.cat(logits, 1), torch.cat(means)
 
 
-def poison(layer: IceCacheLayer) -> None:
+def poison(layer: Any) -> None:
     """Fill every free slot and the unused ends of the tail's buffers with NaN."""
+    if isinstance(layer, DeviceLayer):
+        poison_device(layer)
+        return
     context = layer._context
     if context is None:
         return
@@ -325,3 +332,13 @@ def poison(layer: IceCacheLayer) -> None:
         buffer[:, :, : tail._end - tail.longest] = torch.nan
     if context.indexed is not None:
         context.indexed.pool.poison()
+
+
+def poison_device(layer: DeviceLayer) -> None:
+    """Fill all that holds no token of a layer on a device with NaN."""
+    held = layer._held
+    if held is not None and held.index is not None:
+        held.index.pool.poison()
+        empty = held.index.window.positions() < 0
+        for entries in held.index.window.fixed[:2]:
+            entries[empty] = torch.nan

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from icecache.errors import ConfigError
 
@@ -11,6 +11,7 @@ __all__ = ["IceCacheConfig"]
 
 Selection = Literal["tree", "exact", "paper"]
 Unit = Literal["leaf", "page"]
+Backend = Literal["auto", "native", "torch", "reference", "triton", "twin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,16 +74,30 @@ class IceCacheConfig:
         An `append` of up to so many tokens can be taken back by `crop` (assisted decoding); a
         longer one as far as the window.
     offload : {"auto", "none", "host"}, default "auto"
-        Where pages live. On a CPU all three keep them in host memory, in place.
+        Where pages live: in pinned host memory (``"host"``), or on the device of the model
+        (``"none"``: sparse attention without transfers). ``"auto"`` keeps them on the device while
+        half of its free memory holds them; `LayerStats.offload` says which. On a CPU all three
+        keep them in host memory, in place.
+    page_dtype : {"auto", "int8"}, default "auto"
+        Of offloaded pages: the model's dtype, or int8 codes with a scale per token, for half the
+        host memory and transfers. The device path alone has it.
+    device_slots : int, optional
+        Pages that a KV head keeps on the device; by default twice what a step selects at most. More
+        take device memory and save transfers.
+    max_context : int, optional
+        Tokens of a row that the device path makes room for at once; by default those of the prompt
+        and some more. A context that outgrows its room is moved, which takes time once.
     overlap : bool, default True
         Build the trees of a prompt in threads of the cache while the model computes its next
         layers; `IceCacheLayer` does so with an executor of the caller's.
     max_host_memory : int, optional
         Bytes that one layer's pages and index may take; by default what the machine has free.
-    backend : {"auto", "native", "torch", "reference"}, default "auto"
-        Which implementation of the ops runs. ``"native"`` is compiled at installation and fuses
-        a step; ``"torch"`` runs everywhere; ``"reference"`` is slow and the truth. ``"auto"``
-        takes the first that is there; `LayerStats.backend` says which.
+    backend : {"auto", "native", "torch", "reference", "triton", "twin"}, default "auto"
+        Which implementation of the ops runs. On a CPU ``"native"`` is compiled at installation and
+        fuses a step; ``"torch"`` runs everywhere; ``"reference"`` is slow and the truth.
+        ``"triton"`` and ``"twin"`` are the device path (docs/gpu.md): Triton's kernels on CUDA, and
+        the same in plain torch on any device, slow and the truth. ``"auto"`` takes the best that
+        is there; `LayerStats.backend` says which.
 
     Raises
     ------
@@ -112,9 +127,12 @@ class IceCacheConfig:
     seed: int = 0
     draft: int = 64
     offload: Literal["auto", "none", "host"] = "auto"
+    page_dtype: Literal["auto", "int8"] = "auto"
+    device_slots: int | None = None
+    max_context: int | None = None
     overlap: bool = True
     max_host_memory: int | None = None
-    backend: Literal["auto", "native", "torch", "reference"] = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGER_RANGES:
@@ -132,8 +150,9 @@ class IceCacheConfig:
             "must be a number from 0 to 1",
             self.spread_weight,
         )
-        if self.max_host_memory is not None:
-            _check_integer("max_host_memory", self.max_host_memory, 1, 1 << 62)
+        for name, high in _OPTIONAL_INTEGERS:
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1, high)
         _require(isinstance(self.overlap, bool), "overlap", "must be a bool", self.overlap)
         known = self.remainder is None or isinstance(self.remainder, bool)
         _require(known, "remainder", "must be a bool or None", self.remainder)
@@ -245,11 +264,17 @@ _INTEGER_RANGES = (
     ("seed", 0, (1 << 63) - 1),
     ("draft", 1, _SIZE_LIMIT),
 )
+_OPTIONAL_INTEGERS = (
+    ("max_host_memory", 1 << 62),
+    ("device_slots", _SIZE_LIMIT),
+    ("max_context", 1 << 31),
+)
 _CHOICES = (
     ("selection", ("tree", "exact", "paper")),
     ("unit", ("leaf", "page")),
     ("offload", ("auto", "none", "host")),
-    ("backend", ("auto", "native", "torch", "reference")),
+    ("page_dtype", ("auto", "int8")),
+    ("backend", get_args(Backend)),
 )
 
 

@@ -3,6 +3,7 @@
 __all__ = [
     "BackendUnavailable",
     "ConfigError",
+    "DeviceMemoryExceeded",
     "HostMemoryExceeded",
     "IceCacheError",
     "InputError",
@@ -72,6 +73,23 @@ class HostMemoryExceeded(IceCacheError, MemoryError):
         super().__init__(
             f"host memory: {needed:,} bytes needed, {free:,} bytes free; "
             "shorten the context, close other caches or raise max_host_memory"
+        )
+        self.needed, self.free = needed, free
+
+
+class DeviceMemoryExceeded(IceCacheError, MemoryError):
+    """A call would take more of a device's memory than there is; nothing was taken.
+
+    Parameters
+    ----------
+    needed, free : int
+        Bytes asked for and bytes that may still be taken.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(
+            f"device memory: {needed:,} bytes needed, {free:,} bytes free; shorten the context, "
+            'lower device_slots, use larger leaves, or offload="host"'
         )
         self.needed, self.free = needed, free
 

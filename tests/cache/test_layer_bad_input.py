@@ -333,7 +333,7 @@ def test_inspect_takes_one_query_token(queries: int) -> None:
         ({"head_dim": -64}, "head_dim must be a positive integer, got -64"),
         ({"dtype": torch.int8}, "dtype must be a floating-point type of .* got torch.int8"),
         ({"dtype": "float32"}, "dtype must be .* got .*float32"),
-        ({"device": "meta"}, "device must be cpu in this version, got meta"),
+        ({"device": "meta"}, "device must be cpu for this layer, got meta"),
     ],
 )
 def test_a_layer_of_wrong_shape(settings: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ from icecache import IceCacheLayer, Phase
 from icecache.errors import InputError
 from tests.helpers import (
     FAST_BACKENDS,
+    LAYER_BACKENDS,
     PlainRows,
     assert_full,
     largest_error,
@@ -18,7 +19,7 @@ from tests.helpers import (
 )
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 @pytest.mark.parametrize("prompt_len", [10, 20, 60])
 def test_assisted_decoding(prompt_len: int, backend: str) -> None:
     """Append a draft, attend all of it, take back what was rejected, append the mend."""
@@ -45,7 +46,7 @@ def test_assisted_decoding(prompt_len: int, backend: str) -> None:
     assert_full(layer, rows, make_query(501, 1, 4, 2))
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_what_was_taken_back_leaves_no_trace(backend: str) -> None:
     """A layer that saw a rejected draft holds the same tokens as one that did not."""
     drafted, plain = small_layer(backend=backend), small_layer(backend=backend)
@@ -126,7 +127,7 @@ def test_crop_takes_the_whole_window_and_no_more() -> None:
     layer.check_integrity()
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_a_row_that_was_cropped_to_nothing_gives_zero(backend: str) -> None:
     layer = small_layer(backend=backend)
     layer.prefill(*make_tokens(0, 2, 20), left_padded([20, 3]))
@@ -154,7 +155,7 @@ def _beams(layer: IceCacheLayer, rows: PlainRows, order: list[int]) -> None:
     poison(layer)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 @pytest.mark.parametrize("prompt_len", [12, 60])
 def test_beams_diverge(prompt_len: int, backend: str) -> None:
     """Rows that share pages get copies when they write; none sees another's tokens."""

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from icecache import IceCacheConfig, IceCacheLayer, Phase
+from icecache.cache.make import make_layer
 from tests.helpers import (
     BACKENDS,
-    FAST_BACKENDS,
+    LAYER_BACKENDS,
     KeysValues,
     PlainRows,
     assert_as_good_as_torch,
@@ -35,6 +36,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"selection": "exact"},
     {"selection": "paper", "unit": "page"},
 ]
+# the device path chooses pages by their leaves' summaries, and has no other selection
+COMBINED = [
+    (v, b) for v in VARIANTS for b in [*BACKENDS, "twin"] if b != "twin" or "selection" not in v
+]
+FAST_COMBINED = [(v, b) for v, b in COMBINED if b != "reference"]
 
 
 def _layer(budget: int, dim: int = 64, dtype: torch.dtype = torch.float32) -> IceCacheLayer:
@@ -81,8 +87,7 @@ def _indexed_with_room(
     return rows, prompt
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "backend"), COMBINED)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_indexed_phase(settings: dict[str, Any], variant: dict[str, Any], backend: str) -> None:
     layer = small_layer(**variant, backend=backend)
@@ -94,10 +99,10 @@ def test_indexed_phase(settings: dict[str, Any], variant: dict[str, Any], backen
     layer.check_integrity()
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_indexed_phase_in_bfloat16(backend: str) -> None:
     config = IceCacheConfig(budget=96, sink=8, window=16, backend=backend)
-    layer = IceCacheLayer(config, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    layer = make_layer(config, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     prompt = make_tokens(20, 1, 100, dim=64, dtype=torch.bfloat16)
     layer.prefill(*prompt)
     layer.attend(make_query(21, 1, 4, dim=64, dtype=torch.bfloat16))
@@ -111,8 +116,7 @@ def test_indexed_phase_in_bfloat16(backend: str) -> None:
     assert layer.phase is Phase.INDEXED
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "backend"), FAST_COMBINED)
 def test_rows_that_fit_are_exact_beside_rows_that_do_not(
     variant: dict[str, Any], backend: str
 ) -> None:
@@ -129,8 +133,7 @@ def test_rows_that_fit_are_exact_beside_rows_that_do_not(
     layer.check_integrity()
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "backend"), FAST_COMBINED)
 def test_a_row_that_grows_up_to_the_budget_stays_exact(
     variant: dict[str, Any], backend: str
 ) -> None:

@@ -25,7 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "twin"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_chunked_prefill(settings: dict[str, Any], backend: str) -> None:
     """Chunks around the page size and beyond the draft, each attended as it comes."""

@@ -24,7 +24,7 @@ def test_an_empty_layer() -> None:
     stats = small_layer().stats()
     assert stats.phase is Phase.EMPTY
     numbers = dataclasses.asdict(stats)
-    for name in ("phase", "backend", "fill"):
+    for name in ("phase", "backend", "offload", "fill"):
         del numbers[name]
     assert set(numbers.values()) == {0}
     assert stats.fill == 1.0

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from icecache import IceCacheLayer, Phase
+from icecache.cache.device.layer import DeviceLayer
+from tests.device_truth import Before, slow_device_step
 from tests.helpers import (
     FAST_BACKENDS,
     HAS_NATIVE,
@@ -46,6 +49,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"selection": "paper", "unit": "page"},
     "a leaf a page": {"page_size": 4},
     "leaves of one": {"leaf_size": 1, "leaf_target": 1, "page_size": 1},
+}
+DEVICE_VARIANTS: dict[str, dict[str, Any]] = {
+    "offloaded": {"offload": "host"},
+    "on the device": {"offload": "none"},
+    "few slots": {"offload": "host", "device_slots": 10, "budget": 20},
+    "no sink, no remainder": {"sink": 0, "window": 1, "remainder": False, "budget": 12},
+    "small room": {"max_context": 30, "leaf_size": 2, "leaf_target": 2},
 }
 # leaves of one or two tokens: a row of a few hundred has levels, and inserts raise their tops
 DEEP: dict[str, Any] = {
@@ -92,18 +102,35 @@ def _append(talk: Conversation, num: int, lens: list[int]) -> None:
 
 def _attend_one(talk: Conversation) -> None:
     layer, query = talk.layer, make_query(talk.seed(), talk.batch, HEADS)
-    out = layer.attend(query)
+    if isinstance(layer, DeviceLayer):
+        out = _attend_one_on_device(talk, layer, query)
+    else:
+        out = layer.attend(query)
     talk.may_crop = min(talk.may_crop, layer.config.window)
     for row, length in enumerate(talk.rows.lens):
         if length <= layer.config.budget:
             truth = talk.rows.attend(row, query[row])
             assert largest_error(out[row], truth) <= 1e-5, f"row {row} of {length} tokens"
-    if layer.phase is Phase.INDEXED and layer.config.selection == "tree":
+    is_on_cpu = isinstance(layer, IceCacheLayer)
+    if is_on_cpu and layer.phase is Phase.INDEXED and layer.config.selection == "tree":
         step = layer.inspect(query)
         selected = selected_by_leaves(layer, step.chosen)
         truth = slow_sparse(layer, talk.rows, query, selected, scaling=0.25)
         assert largest_error(out, truth) <= _tolerance(layer)
         assert int(step.num_attended.max()) <= layer.config.budget
+
+
+def _attend_one_on_device(talk: Conversation, layer: DeviceLayer, query: Tensor) -> Tensor:
+    if layer._held.fresh is not None:
+        # as the step would do first
+        layer._held.settle()
+    before = Before.of(layer) if layer.phase is Phase.INDEXED else None
+    out = layer.attend(query)
+    if before is not None:
+        truth, attended = slow_device_step(layer, before, talk.rows, query)
+        assert largest_error(out, truth) <= 1e-4
+        assert max(attended) <= layer.config.budget
+    return out
 
 
 def _tolerance(layer: IceCacheLayer) -> float:
@@ -162,6 +189,8 @@ def _check(talk: Conversation) -> None:
     stats = layer.stats()
     assert stats.tokens == max(talk.rows.lens)
     assert stats.full_cache_bytes == sum(talk.rows.lens) * 2 * 2 * 16 * 4
+    if isinstance(layer, DeviceLayer):
+        return
     if talk.is_deep and layer._context.indexed is not None:
         assert_true_summaries(layer._context.indexed)
     if layer.phase is Phase.INDEXED:
@@ -194,6 +223,13 @@ def _converse(
 @given(trace=STEPS, first=st.integers(0, 1 << 12))
 def test_random_conversations(trace: list[Step], first: int, backend: str) -> None:
     _converse(trace, first, backend=backend)
+
+
+@pytest.mark.parametrize("variant", DEVICE_VARIANTS)
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(trace=STEPS, first=st.integers(0, 1 << 12))
+def test_random_conversations_on_a_device(trace: list[Step], first: int, variant: str) -> None:
+    _converse(trace, first, backend="twin", **DEVICE_VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tree"])

@@ -60,7 +60,7 @@ class Context:
     ) -> None:
         self._config, self._num_kv_heads, self._granted = config, num_kv_heads, granted
         slack = _TAIL_SLACK + config.draft
-        self.tail = Tail(batch, num_kv_heads, head_dim, dtype, slack, granted)
+        self.tail = Tail(batch, num_kv_heads, head_dim, dtype, slack, granted=granted)
         self.indexed: IndexedTokens | None = None
         self.is_torn = False
         self._sink_keys = torch.zeros(batch, num_kv_heads, 0, head_dim, dtype=dtype)

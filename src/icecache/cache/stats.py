@@ -54,7 +54,13 @@ class LayerStats:
     tokens_attended : float
         Tokens attended exactly in the last step with one query token, mean over rows.
     backend : str
-        Which ops run: ``"native"``, ``"torch"`` or ``"reference"``.
+        Which ops run: ``"native"``, ``"torch"`` or ``"reference"``; on the device path ``"triton"``
+        or ``"twin"``.
+    offload : str
+        Where pages live: ``"host"``, or ``"none"`` for the device. On a CPU it is ``"host"``.
+    pages_selected, pages_fetched : int
+        Pages that all sparse steps attended exactly, and those of them that had to be brought from
+        host memory, over all rows; 0 where pages are read in place by a CPU.
     """
 
     phase: Phase
@@ -77,6 +83,9 @@ class LayerStats:
     leaves_scored: int
     tokens_attended: float
     backend: str
+    offload: str = "host"
+    pages_selected: int = 0
+    pages_fetched: int = 0
 
 
 @dataclass(slots=True)

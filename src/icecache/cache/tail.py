@@ -28,6 +28,8 @@ class Tail:
         Tokens of room that a full buffer gets when it moves its content to the front.
     granted : Granted, optional
         Where the tokens are kept whenever they fit there; one batch row.
+    device : torch.device, optional
+        By default the CPU.
     """
 
     def __init__(
@@ -37,13 +39,15 @@ class Tail:
         head_dim: int,
         dtype: torch.dtype,
         slack: int,
+        *,
         granted: Granted | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.lens = [0] * batch
         self._slack = slack
         self._granted = granted
         self._end = 0
-        self._keys = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=dtype)
+        self._keys = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=dtype, device=device)
         self._values = torch.empty_like(self._keys)
 
     @property
@@ -102,8 +106,9 @@ class Tail:
 
     def valid(self) -> Tensor:
         """Return which of `keys_values` are a row's own, shape [batch, longest], bool."""
-        back = torch.arange(self.longest, 0, -1)
-        return back[None] <= torch.tensor(self.lens)[:, None]
+        device = self._keys.device
+        back = torch.arange(self.longest, 0, -1, device=device)
+        return back[None] <= torch.tensor(self.lens, device=device)[:, None]
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Append tokens, shape [batch, num_kv_heads, tokens, head_dim].
@@ -225,7 +230,7 @@ class Tail:
         longest = int(lens.max())
         order = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - longest :]
         index = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        foreign = torch.arange(longest, 0, -1)[None] > lens[:, None]
+        foreign = torch.arange(longest, 0, -1, device=lens.device)[None] > lens[:, None]
         merged_keys = torch.cat([old_keys, keys], 2).gather(2, index)
         merged_values = torch.cat([old_values, values], 2).gather(2, index)
         for merged in (merged_keys, merged_values):

@@ -29,8 +29,10 @@ def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
 
     torch wakes all threads for it however few the elements are, and a decode step must not wait
     for them on a busy machine; numpy does not. Both add a group's elements in their order, so
-    the way taken shows in no bit.
+    the way taken shows in no bit. On other devices index_add_ adds in no fixed order.
     """
+    if x.device.type != "cpu":
+        return sum_runs(x[torch.argsort(ids, stable=True)], torch.bincount(ids, minlength=num))
     total = torch.zeros(num, x.shape[1])
     if x.shape[0] > _FEW_ELEMENTS:
         return total.index_add_(0, ids, x)
@@ -43,6 +45,14 @@ def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
         more = counts > k
         sums[groups[more]] += members[starts[more] + k]
     return total
+
+
+def sum_runs(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sums of runs of elements, shape [elements, dim] -> [runs, dim], float32.
+
+    Each run is added up from its front: the same bits every time, on any device.
+    """
+    return torch.segment_reduce(x.float(), "sum", lengths=lengths, unsafe=True)
 
 
 def summarize(keys: Tensor, values: Tensor, ids: Tensor, num: int) -> tuple[Tensor, ...]:
@@ -245,7 +255,8 @@ def attend_dense(
     step = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys))
     for start in range(0, num_queries, step):
         block = query[:, :, start : start + step]
-        seen = _seen(valid, num_keys, num_queries, start + torch.arange(block.shape[2]))
+        number = start + torch.arange(block.shape[2], device=query.device)
+        seen = _seen(valid, num_keys, num_queries, number)
         if softcap is None and sink_logits is None:
             blocks.append(_attend_masked(block, keys, values, seen, scaling))
         else:
@@ -257,7 +268,7 @@ def _seen(valid: Tensor | None, num_keys: int, num_queries: int, query: Tensor) 
     """Return which keys queries may see, [batch or 1, 1, queries, keys]; rows count their own."""
     if valid is None:
         last = num_keys - num_queries + query
-        return (torch.arange(num_keys)[None] <= last[:, None])[None, None]
+        return (torch.arange(num_keys, device=query.device)[None] <= last[:, None])[None, None]
     number = valid.cumsum(1)
     last = number[:, -1:] - num_queries + query[None]
     return ((number[:, None] - 1 <= last[..., None]) & valid[:, None])[:, None]

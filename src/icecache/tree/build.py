@@ -44,7 +44,7 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     config : IceCacheConfig
         `leaf_target`, `leaf_size`, `refine_rounds`, `segment_tokens`, `fan_out`, `seed`.
     """
-    if resolve_backend(config.backend) == "native":
+    if keys.device.type == "cpu" and resolve_backend(config.backend) == "native":
         return _build_native(keys, row_lens, config)
     keys = keys.float()
     ids, per_row = group(keys, row_lens, _rule(config))
@@ -58,7 +58,8 @@ def group_nodes(
     means: Tensor, row_lens: list[int], config: IceCacheConfig
 ) -> tuple[Tensor, list[int]]:
     """Group leaves or nodes by their mean keys; arguments and result as `cluster.group`."""
-    by_nearness = group_native if resolve_backend(config.backend) == "native" else group
+    on_cpu = means.device.type == "cpu"
+    by_nearness = group_native if on_cpu and resolve_backend(config.backend) == "native" else group
     return by_nearness(means, row_lens, _rule_above(config))
 
 
@@ -66,7 +67,7 @@ def siblings_together(leaves: Leaves) -> Leaves:
     """Return the same leaves, numbered so that those of one parent follow each other."""
     order = torch.argsort(leaves.parents, stable=True)
     number = torch.empty_like(order)
-    number[order] = torch.arange(order.numel())
+    number[order] = torch.arange(order.numel(), device=order.device)
     return Leaves(number[leaves.ids], leaves.per_row, leaves.parents[order])
 
 

@@ -68,7 +68,7 @@ def group(points: Tensor, row_lens: list[int], rule: GroupRule) -> tuple[Tensor,
         row to row, and near groups have near numbers.
     groups_per_row : list of int
     """
-    row = torch.repeat_interleave(torch.tensor(row_lens, dtype=torch.int64))
+    row = _repeated(row_lens, points.device)
     # distances between points with a large common offset lose their digits
     points = points - _row_means(points, row, len(row_lens))[row]
     order, segments_per_row = _segment_order(points, row_lens, rule)
@@ -101,8 +101,8 @@ def split_oversized(
         oversized = (counts > largest).nonzero()[:, 0]
         if oversized.numel() == 0:
             return ids, owner
-        compact = torch.full((num_groups,), -1, dtype=torch.int64)
-        compact[oversized] = torch.arange(oversized.numel())
+        compact = torch.full_like(counts, -1)
+        compact[oversized] = torch.arange(oversized.numel(), device=ids.device)
         label = compact[ids]
         members = (label >= 0).nonzero()[:, 0]
         label = label[members]
@@ -119,7 +119,7 @@ def bisect_order(points: Tensor) -> Tensor:
     Halves recursively along the main direction; neighbours in the result share small cells.
     """
     num = points.shape[0]
-    ids = torch.zeros(num, dtype=torch.int64)
+    ids = torch.zeros(num, dtype=torch.int64, device=points.device)
     cells = 1
     for _ in range(max(0, math.ceil(math.log2(max(1, num))) - 1)):
         counts = torch.bincount(ids, minlength=cells)
@@ -151,7 +151,7 @@ def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
         direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-20)
     order = sort_within(ids, (centred * direction[ids]).sum(1))
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel())
+    rank[order] = torch.arange(order.numel(), device=order.device)
     rank -= (ends - counts)[ids]
     return rank >= (counts - counts // 2)[ids]
 
@@ -169,7 +169,7 @@ def _segment_order(
     per_row: list[int] = []
     start = 0
     for length in row_lens:
-        numbers = torch.arange(start, start + length)
+        numbers = torch.arange(start, start + length, device=points.device)
         num_segments = math.ceil(length / rule.segment)
         if num_segments > 1:
             numbers = numbers[_coarse_order(points[start : start + length])]
@@ -186,7 +186,7 @@ def _coarse_order(points: Tensor) -> Tensor:
     parents = points[::stride]
     parents = parents[bisect_order(parents)]
     half_norm = 0.5 * (parents * parents).sum(1)
-    cell = torch.empty(num, dtype=torch.int64)
+    cell = torch.empty(num, dtype=torch.int64, device=points.device)
     step = max(1, _SCRATCH_ELEMENTS // parents.shape[0])
     for i in range(0, num, step):
         cell[i : i + step] = (half_norm - points[i : i + step] @ parents.T).argmin(1)
@@ -196,13 +196,14 @@ def _coarse_order(points: Tensor) -> Tensor:
 def _group_segments(points: Tensor, order: Tensor, rule: GroupRule) -> tuple[Tensor, int, Tensor]:
     num_segments, width = order.shape
     max_parents = math.ceil(width / rule.target)
-    ids = torch.empty(points.shape[0], dtype=torch.int64)
+    ids = torch.empty(points.shape[0], dtype=torch.int64, device=points.device)
     step = max(1, _SCRATCH_ELEMENTS // (width * max_parents))
     for i in range(0, num_segments, step):
         numbers = order[i : i + step]
         real = numbers >= 0
         nearest = _promote_and_refine(points[numbers.clamp(min=0)], real, rule)
-        offset = torch.arange(i, i + numbers.shape[0])[:, None] * max_parents
+        segment = torch.arange(i, i + numbers.shape[0], device=points.device)
+        offset = segment[:, None] * max_parents
         ids[numbers[real]] = (nearest + offset)[real]
     used, ids = torch.unique(ids, return_inverse=True)
     return ids, used.numel(), used // max_parents
@@ -212,7 +213,7 @@ def _promote_and_refine(x: Tensor, real: Tensor, rule: GroupRule) -> Tensor:
     """Return each point's nearest parent; x: [segments, width, dim], real: [segments, width]."""
     lens = real.sum(1)
     num_parents = (lens + rule.target - 1) // rule.target
-    slot = torch.arange(int(num_parents.max()))
+    slot = torch.arange(int(num_parents.max()), device=x.device)
     promoted = (slot[None] * rule.target + rule.seed % rule.target).clamp(max=x.shape[1] - 1)
     promoted = torch.minimum(promoted, (lens - 1)[:, None])
     parents = x.gather(1, promoted[..., None].expand(-1, -1, x.shape[2]))
@@ -228,7 +229,8 @@ def _promote_and_refine(x: Tensor, real: Tensor, rule: GroupRule) -> Tensor:
 
 def _means(x: Tensor, real: Tensor, nearest: Tensor, parents: Tensor) -> Tensor:
     segments, num_parents, dim = parents.shape
-    flat = (nearest + torch.arange(segments)[:, None] * num_parents)[real]
+    offset = torch.arange(segments, device=x.device)[:, None] * num_parents
+    flat = (nearest + offset)[real]
     total = sum_groups(x[real], flat, segments * num_parents)
     count = torch.bincount(flat, minlength=segments * num_parents)[:, None]
     mean = total / count.clamp(min=1)
@@ -240,7 +242,12 @@ def _number_by_segment(
 ) -> tuple[Tensor, list[int]]:
     order = torch.argsort(segment_of_group, stable=True)
     number = torch.empty_like(order)
-    number[order] = torch.arange(order.numel())
-    row_of_segment = torch.repeat_interleave(torch.tensor(segments_per_row, dtype=torch.int64))
+    number[order] = torch.arange(order.numel(), device=order.device)
+    row_of_segment = _repeated(segments_per_row, ids.device)
     per_row = torch.bincount(row_of_segment[segment_of_group], minlength=len(segments_per_row))
     return number[ids], per_row.tolist()
+
+
+def _repeated(times: list[int], device: torch.device) -> Tensor:
+    """Return each index as often as `times` says."""
+    return torch.repeat_interleave(torch.tensor(times, dtype=torch.int64, device=device))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from icecache.cache.layer import IceCacheLayer
 from icecache.cache.stats import Phase
 from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError
@@ -132,7 +133,11 @@ class IceCacheRun:
     def attended(self, layer: int, call: Call) -> Tensor | None:
         """Return the positions of sink, window and the selected leaves."""
         core = self.cache.managed[layer].core
-        assert core is not None
+        if not isinstance(core, IceCacheLayer):
+            raise ConfigError(
+                "backend must be auto, native, torch or reference to list what a step attends, got "
+                f"{self.cache.settings.backend!r}"
+            )
         if core.phase is not Phase.INDEXED:
             return None
         if core.config.layer_reuse == 1:

@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from icecache.cache.make import runs_on_device
 from icecache.config import IceCacheConfig
-from icecache.errors import InputError, UnsupportedModel
+from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
 from icecache.integrations.transformers.attention import NAME, register
 from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
-from icecache.integrations.transformers.compiled import CompiledStep
+from icecache.integrations.transformers.compiled import CompiledStep, require_compilable
+from icecache.integrations.transformers.graph import CudaRecorder, GraphStep
 from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
 
@@ -32,14 +34,15 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None = False
+        self,
+        model: PreTrainedModel,
+        settings: IceCacheConfig,
+        decode: CompiledStep | PacedStep | GraphStep | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
         self.cache: IceCache | None = None
-        self.decode: CompiledStep | PacedStep | None = None
-        if compile is not False:
-            self.decode = CompiledStep(model) if compile else PacedStep(model)
+        self.decode = decode
         self._implementations = attention_of(model)
         self._is_attached = True
         register()
@@ -112,7 +115,7 @@ class Attachment:
 
     @property
     def compiled_steps(self) -> int:
-        """Forwards of ``generate`` that ran compiled."""
+        """Forwards of ``generate`` that ran compiled, or from a recorded graph."""
         return 0 if self.decode is None else self.decode.steps
 
     def _may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
@@ -130,6 +133,7 @@ def attach(
     settings: IceCacheConfig | None = None,
     *,
     compile: bool | None = None,
+    graph: bool | None = None,
     **config: Any,
 ) -> Attachment:
     """Let ``model.generate(...)``, and pipelines around the model, run with IceCache.
@@ -144,7 +148,11 @@ def attach(
         Run the decode steps of ``generate`` through `torch.compile`, as one graph. By default that
         begins after some thousand steps, because making the graph takes a minute, and goes on if
         the steps are faster for it. True begins at once, False never does. The graph holds copies
-        of the weights.
+        of the weights. On the device path nothing is compiled by default, and True compiles what
+        `graph` records.
+    graph : bool, optional
+        Record a decode step of ``generate`` as one CUDA graph and replay it: on CUDA by default.
+        Steps with padding run as they are.
     **config
         Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
 
@@ -161,7 +169,7 @@ def attach(
     UnsupportedModel
         If the model cannot run with IceCache, or not compiled; it is left as it was.
     BackendUnavailable
-        If it is to be compiled and there is no C++ compiler.
+        If it is to be compiled and there is no C++ compiler, or recorded and there is no CUDA.
 
     Examples
     --------
@@ -180,7 +188,28 @@ def attach(
             "set it to False first"
         )
     warn_if_nothing_managed(report)
-    return Attachment(model, settings, compile)
+    return Attachment(model, settings, _decode_step(model, settings, compile, graph))
+
+
+def _decode_step(
+    model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None, graph: bool | None
+) -> CompiledStep | PacedStep | GraphStep | None:
+    """Return what runs the decode steps, None to run them as they are."""
+    if runs_on_device(settings, model.device):
+        is_recorded = model.device.type == "cuda" if graph is None else graph
+        if compile:
+            require_compilable(model)
+            if not is_recorded:
+                raise InputError(
+                    "compile=True compiles what graph=True records on the device path, got "
+                    "graph=False; pass compile=False"
+                )
+        return GraphStep(model, CudaRecorder(), bool(compile)) if is_recorded else None
+    if graph:
+        raise BackendUnavailable("graph=True needs a model on a CUDA device; pass graph=False")
+    if compile is False:
+        return None
+    return CompiledStep(model) if compile else PacedStep(model)
 
 
 def _check_prompt(model_kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from icecache.cache.device.settings import OffloadChoice
 from icecache.config import IceCacheConfig
 from icecache.errors import IceCacheError, InputError
 from icecache.integrations.transformers.attention import Handoff, hand_over, register
@@ -322,13 +323,15 @@ def warn_if_nothing_managed(report: SupportReport) -> None:
 def _layers(config: PreTrainedConfig, settings: IceCacheConfig, threads: Threads) -> list[Any]:
     layers: list[Any] = []
     leader, managed = None, 0
+    kinds, _ = get_layer_types_and_kwargs(config)
+    choice = OffloadChoice(sum(kind == "full_attention" for kind in kinds))
     for kind, kwargs in zip(*get_layer_types_and_kwargs(config)):
         if kind != "full_attention":
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             continue
         is_leader = managed % settings.layer_reuse == 0
         own = _staggered(settings, managed)
-        layers.append(ManagedLayer(own, threads, None if is_leader else leader))
+        layers.append(ManagedLayer(own, threads, None if is_leader else leader, choice))
         leader = layers[-1] if is_leader else leader
         managed += 1
     return layers

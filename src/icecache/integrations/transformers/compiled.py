@@ -21,7 +21,14 @@ from icecache.errors import BackendUnavailable, IceCacheError, UnsupportedModel
 from icecache.integrations.transformers.cache import IceCache
 from icecache.integrations.transformers.support import supports
 
-__all__ = ["CompiledStep", "find_compiler", "is_plain_step", "require_compilable"]
+__all__ = [
+    "CompiledStep",
+    "decode_of",
+    "find_compiler",
+    "is_plain_step",
+    "require_compilable",
+    "run_for",
+]
 
 # torch's operators belong to the process and know no objects: the running step says whose it is
 _running: ContextVar[IceCache] = ContextVar("icecache_running")
@@ -58,10 +65,49 @@ def _operator() -> tuple[Callable[..., Tensor], torch.library.Library]:
     library = torch.library.Library("icecache", "FRAGMENT")  # type: ignore[no-untyped-call]
     tags = (torch.Tag.cudagraph_unsafe,)
     library.define(_SCHEMA, tags=tags)  # type: ignore[no-untyped-call]
-    library.impl("step", _step, "CPU")  # type: ignore[no-untyped-call]
+    for device in ("CPU", "CUDA"):
+        library.impl("step", _step, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake("icecache::step", _shape_of_step, lib=library)
     # the operator lives as long as its library
     return torch.ops.icecache.step, library
+
+
+def decode_of(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from token ids and positions to logits, for the cache of `run_for`."""
+    operator, _ = _operator()
+
+    def decode(token_ids: Tensor, positions: Tensor) -> Tensor:
+        output = model(
+            input_ids=token_ids,
+            position_ids=positions,
+            use_cache=False,
+            return_dict=True,
+            icecache_step=operator,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    return decode
+
+
+def run_for(
+    cache: IceCache,
+    decode: Callable[[Tensor, Tensor], Tensor],
+    token_ids: Tensor,
+    positions: Tensor,
+    undo: bool = True,
+) -> Tensor:
+    """Run a function of `decode_of` with a cache; `undo`: take a step that fails back."""
+    token = _running.set(cache)
+    try:
+        with torch.no_grad():
+            return decode(token_ids, positions)
+    except IceCacheError:
+        if undo:
+            cache.undo()
+        raise
+    finally:
+        _running.reset(token)
 
 
 def find_compiler() -> str | None:
@@ -138,40 +184,17 @@ class CompiledStep:
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
-        token = _running.set(cache)
         is_new = token_ids.shape not in self._shapes
-        try:
-            # dynamo looks at this while it traces: weights become constants, laid out once
-            with (
-                torch.no_grad(),
-                torch._inductor.config.patch(freezing=True) if is_new else _PLAINLY,
-            ):
-                logits = self._compiled(token_ids, positions)
-        except IceCacheError:
-            cache.undo()
-            raise
-        finally:
-            _running.reset(token)
+        # dynamo looks at this while it traces: weights become constants, laid out once
+        with torch._inductor.config.patch(freezing=True) if is_new else _PLAINLY:
+            logits = run_for(cache, self._compiled, token_ids, positions)
         self._shapes.add(token_ids.shape)
         self.steps += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _compile(self) -> Callable[[Tensor, Tensor], Tensor]:
-        model, (operator, _) = self.model, _operator()
-
-        def decode(token_ids: Tensor, positions: Tensor) -> Tensor:
-            output = model(
-                input_ids=token_ids,
-                position_ids=positions,
-                use_cache=False,
-                return_dict=True,
-                icecache_step=operator,
-            )
-            logits: Tensor = output.logits
-            return logits
-
         self._shapes.clear()
-        return torch.compile(decode, fullgraph=True, dynamic=False)
+        return torch.compile(decode_of(self.model), fullgraph=True, dynamic=False)
 
 
 def is_plain_step(inputs: dict[str, Any]) -> bool:

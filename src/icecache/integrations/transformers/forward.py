@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from icecache.cache.estimate import transient_bytes
-from icecache.cache.layer import IceCacheLayer
+from icecache.cache.make import make_layer, runs_on_device
 from icecache.errors import InputError
 from icecache.integrations.transformers.layer import ManagedLayer
 from icecache.integrations.transformers.padding import Padding
@@ -92,6 +92,12 @@ class ForwardPass:
         if self._past == 0:
             self.batch_size = None
 
+    def forget(self, num_columns: int) -> None:
+        """Drop the record of a forward that has changed no core; num_columns: those before it."""
+        for layer in self._managed:
+            layer.num_columns, layer.is_pending = num_columns, False
+        self.settle()
+
     def clear(self) -> None:
         """Forget everything, as `reset` does."""
         self.padding.clear()
@@ -149,19 +155,21 @@ class ForwardPass:
         """Ask for the memory of all layers at once: the last must not fail after the first took."""
         if not self._managed or keys.shape[2] <= self._managed[0].settings.draft:
             return
-        one = IceCacheLayer(
-            self._managed[0].settings,
+        settings = self._managed[0].settings
+        one = make_layer(
+            settings,
             num_kv_heads=keys.shape[1],
             head_dim=keys.shape[3],
             dtype=keys.dtype,
             device=keys.device,
         )
         batch, heads, tokens, dim = keys.shape
-        unfinished = most_unfinished() if self._managed[0].settings.overlap else 1
-        check_host_memory(
-            len(self._managed) * one.estimate_bytes(batch, tokens)
-            + unfinished * transient_bytes(batch * heads, tokens, dim, keys.dtype)
-        )
+        unfinished = most_unfinished() if settings.overlap else 1
+        beside = unfinished * transient_bytes(batch * heads, tokens, dim, keys.dtype)
+        if runs_on_device(settings, keys.device):
+            # there the pages are filled from the device
+            beside = 0
+        check_host_memory(len(self._managed) * one.estimate_bytes(batch, tokens) + beside)
 
     def _take_back(self, layer: ManagedLayer) -> None:
         if self._past == 0:

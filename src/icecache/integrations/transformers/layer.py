@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from icecache.cache.device.layer import DeviceLayer
+from icecache.cache.device.settings import OffloadChoice
 from icecache.cache.layer import IceCacheLayer
+from icecache.cache.make import AnyLayer, make_layer
 from icecache.cache.stats import LayerStats
 from icecache.config import IceCacheConfig
 from icecache.errors import InputError, UnsupportedModel
@@ -27,7 +30,7 @@ class _Inference(torch.autograd.Function):
 
 
 class ManagedLayer(CacheLayerMixin):
-    """A transformers cache layer over an `IceCacheLayer`.
+    """A transformers cache layer over an `IceCacheLayer` or a `DeviceLayer`.
 
     `update` only hands the new keys and values over: the padding mask reaches the attention
     function alone, which then calls `take` and `attend`.
@@ -35,11 +38,13 @@ class ManagedLayer(CacheLayerMixin):
     Parameters
     ----------
     settings : IceCacheConfig
-        Of the `IceCacheLayer`, which is made when the first keys tell its shape.
+        Of the layer, which is made when the first keys tell its shape and device.
     threads : Threads
         Of the cache, which build trees in the background.
     leader : ManagedLayer, optional
         The earlier layer whose selection this one attends to; by default it selects itself.
+    choice : OffloadChoice, optional
+        Shared by the layers of the cache.
     """
 
     is_compileable = False
@@ -47,11 +52,16 @@ class ManagedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, settings: IceCacheConfig, threads: Threads, leader: "ManagedLayer | None" = None
+        self,
+        settings: IceCacheConfig,
+        threads: Threads,
+        leader: "ManagedLayer | None" = None,
+        choice: OffloadChoice | None = None,
     ) -> None:
         super().__init__()
         self.settings, self._threads, self._leader = settings, threads, leader
-        self.core: IceCacheLayer | None = None
+        self._choice = choice
+        self.core: AnyLayer | None = None
         self.num_columns = 0
         self.is_pending = False
 
@@ -72,13 +82,14 @@ class ManagedLayer(CacheLayerMixin):
                 f"layer_reuse shares selections between layers of as many KV heads, and here are "
                 f"layers of {leader.num_kv_heads} and {heads}; use layer_reuse=1 for this model"
             )
-        self.core = IceCacheLayer(
+        self.core = make_layer(
             self.settings,
             num_kv_heads=heads,
             head_dim=dim,
             dtype=dtype,
             device=device,
             executor=self._threads.executor() if self.settings.overlap else None,
+            choice=self._choice,
         )
         self.is_initialized = True
 
@@ -196,6 +207,8 @@ class ManagedLayer(CacheLayerMixin):
         if core is None or not self.num_columns:
             return {"num_columns": 0}
         shape = {"num_kv_heads": core.num_kv_heads, "head_dim": core.head_dim}
+        if isinstance(core, DeviceLayer):
+            raise InputError("a cache on the device path cannot be saved; run the prompt again")
         dtype = str(core.dtype).removeprefix("torch.")
         return {"num_columns": self.num_columns, **shape, "dtype": dtype, "core": core.state()}
 
@@ -208,7 +221,8 @@ class ManagedLayer(CacheLayerMixin):
                 getattr(torch, state["dtype"]),
                 torch.device("cpu"),
             )
-            assert self.core is not None
+            if not isinstance(self.core, IceCacheLayer):
+                raise InputError("a snapshot cannot be loaded to the device path; run the prompt")
             self.core.load_state(state["core"])
             self.num_columns = int(state["num_columns"])
 

@@ -1,0 +1,1 @@
+"""One attention layer's cache on a device: `DeviceLayer`."""

@@ -1,0 +1,64 @@
+"""`benchmarks/gpu.py --smoke`: the whole of its logic on a CPU, with the kernels' twins."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gpu
+import pytest
+
+
+def test_smoke_measures_every_case(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--smoke", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["left_out"] == []
+    assert all(row["passed"] for row in report["kernels"]) and report["gather"]
+    rows = {(row["case"], row["context"]): row for row in report["rows"]}
+    decoded = [key for key in rows if not key[0].startswith("prefill")]
+    assert len(decoded) == len(gpu.SMOKE.caches) * len(gpu.SMOKE.contexts)
+    assert len(rows) == len(decoded) + 2 * len(gpu.SMOKE.prefills)
+    for key in decoded:
+        row = rows[key]
+        assert row["tpot_ms"] > row["floor_ms"] > 0
+        assert row["over_floor"] == pytest.approx(row["tpot_ms"] / row["floor_ms"])
+    host, none = rows["icecache:host", 700], rows["icecache:none", 700]
+    assert host["fetched_bytes_per_step"] > 0 == none["fetched_bytes_per_step"]
+    assert none["host_bytes"] == 0 < host["host_bytes"]
+    assert rows["icecache:int8", 700]["host_bytes"] < host["host_bytes"] / 2
+    assert rows["dynamic", 700]["host_bytes"] == 2 * 2 * 2 * 16 * 4 * (700 + 10)
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--smoke", "--json", str(path), "--seconds", "1"]) == 0
+    report = json.loads(path.read_text())
+    assert report["rows"] == []
+    cases = {(row["case"], row["context"]) for row in report["left_out"]}
+    assert len(cases) == len(report["left_out"]) == 12
+    assert all(row["reason"].endswith("s left") for row in report["left_out"])
+
+
+def test_a_cache_that_fails_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, *args: Any) -> Any:
+        if name == "dynamic":
+            raise RuntimeError("out of memory")
+        return made(name, *args)
+
+    made = gpu.make_player
+    monkeypatch.setattr(gpu, "make_player", fail)
+    path = tmp_path / "gpu.json"
+    caches = ["--caches", "dynamic", "icecache:none", "--contexts", "100"]
+    assert gpu.main(["--smoke", "--json", str(path), *caches]) == 0
+    report = json.loads(path.read_text())
+    assert [row["case"] for row in report["rows"]] == ["icecache:none", "prefill icecache:host"]
+    reasons = [row["reason"] for row in report["left_out"]]
+    assert reasons == ["RuntimeError: out of memory"] * 2
+
+
+def test_settings_of_the_command_line() -> None:
+    assert gpu._setting("budget=128") == ("budget", 128)
+    assert gpu._setting("offload=host") == ("offload", "host")
+    assert gpu._setting("remainder=false") == ("remainder", False)

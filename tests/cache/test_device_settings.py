@@ -1,0 +1,131 @@
+"""What the device path accepts, where it keeps pages, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from icecache import IceCacheConfig, IceCacheLayer
+from icecache.cache.device import settings as device_settings
+from icecache.cache.device.layer import DeviceLayer
+from icecache.cache.device.settings import OffloadChoice, most_selected
+from icecache.cache.make import make_layer
+from icecache.errors import BackendUnavailable, ConfigError, HostMemoryExceeded, InputError
+from icecache.ops.dispatch import device_backend
+from tests.helpers import make_query, make_tokens, small_layer
+
+SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 16, "dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_size": 4, "leaf_size": 2, "leaf_target": 2}, "page_size must be from 8 to 64"),
+        ({"page_size": 72}, "page_size must be from 8 to 64 on the device path, got 72"),
+        ({"leaf_size": 5}, r"leaf_size must be at most half of page_size \(8\)"),
+        ({"selection": "exact"}, "selection must be 'tree' on the device path, got 'exact'"),
+        ({"layer_reuse": 2}, "layer_reuse must be 1 on the device path, got 2"),
+        ({"device_slots": 3}, "device_slots must be at least the 8 pages .* got 3"),
+        ({"page_dtype": "int8", "offload": "none"}, 'page_dtype must be "auto" with offload'),
+    ],
+)
+def test_settings_that_it_cannot_run(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_layer(backend="twin", **settings)
+
+
+def test_which_layer_and_which_backend() -> None:
+    assert isinstance(make_layer(IceCacheConfig(), **SHAPE), IceCacheLayer)
+    assert isinstance(make_layer(IceCacheConfig(backend="twin"), **SHAPE), DeviceLayer)
+    assert device_backend("auto", torch.device("cuda")) == "triton"
+    with pytest.raises(ConfigError, match="backend must be auto, triton or twin for keys on cuda"):
+        device_backend("native", torch.device("cuda"))
+    with pytest.raises(ConfigError, match='page_dtype must be "auto" on a CPU'):
+        make_layer(IceCacheConfig(page_dtype="int8"), **SHAPE)
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1 before"):
+        make_layer(IceCacheConfig(backend="triton"), **SHAPE)
+
+
+def test_all_layers_keep_their_pages_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free holds ten layers of 50 bytes, and not ten of 60."""
+    free = [1000]
+    monkeypatch.setattr(device_settings, "free_device_bytes", lambda device: free[0])
+    cuda = torch.device("cuda")
+    choice = OffloadChoice(num_layers=10)
+    assert choice.fits(50, cuda)
+    free[0] = 500
+    assert choice.fits(51, cuda)
+    assert not choice.fits(60, cuda)
+    free[0] = 10000
+    assert not choice.fits(10, cuda), "refused once, refused for all"
+    assert not OffloadChoice(1).fits(1, torch.device("cpu")) or free[0]
+
+
+@pytest.mark.parametrize("offload", ["host", "none"])
+def test_stats_say_where_pages_live(offload: str) -> None:
+    layer = small_layer(backend="twin", offload=offload)
+    layer.prefill(*make_tokens(0, 1, 60))
+    layer.attend(make_query(1, 1, 4))
+    stats = layer.stats()
+    assert stats.offload == offload
+    assert (stats.host_bytes > 0) == (offload == "host")
+    assert stats.kv_bytes + stats.index_bytes == stats.device_bytes + stats.host_bytes
+    assert stats.tokens_attended <= layer.config.budget
+
+
+def test_int8_pages_are_near_the_models_own() -> None:
+    """One unit in 127 of a token's largest number, and half of the bytes or less."""
+    layers = [small_layer(backend="twin", offload="host", page_dtype=x) for x in ("auto", "int8")]
+    prompt, query = make_tokens(0, 2, 80), make_query(1, 2, 4)
+    for layer in layers:
+        layer.prefill(*prompt)
+    exact, rounded = (layer.attend(query) for layer in layers)
+    assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
+    for step in range(10):
+        token = make_tokens(2 + step, 2, 1)
+        for layer in layers:
+            layer.append(*token)
+            layer.attend(make_query(30 + step, 2, 4))
+            layer.check_integrity()
+    bytes_of = [layer.stats().host_bytes for layer in layers]
+    assert bytes_of[1] < 0.55 * bytes_of[0]
+
+
+def test_a_step_never_selects_more_than_it_can_hold() -> None:
+    assert most_selected(IceCacheConfig()) == 2 * 13 + 2 + 208 // 33
+
+
+def test_a_limit_of_host_memory_holds() -> None:
+    layer = small_layer(backend="twin", max_host_memory=1000)
+    with pytest.raises(HostMemoryExceeded):
+        layer.prefill(*make_tokens(0, 2, 200))
+    assert layer.num_tokens == 0
+
+
+def test_positions_are_refused() -> None:
+    layer = small_layer(backend="twin")
+    layer.prefill(*make_tokens(0, 1, 60))
+    with pytest.raises(InputError, match="positions must be None on the device path"):
+        layer.attend(make_query(1, 1, 4), positions=torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    layer = small_layer(backend="twin")
+    layer.prefill(*make_tokens(0, 1, 60))
+    layer.attend(make_query(1, 1, 4))
+    other = layer.fork()
+    for step in range(6):
+        layer.append(*make_tokens(2 + step, 1, 1))
+        layer.attend(make_query(20 + step, 1, 4))
+    assert (layer.num_tokens, other.num_tokens) == (66, 60)
+    query = make_query(40, 1, 4)
+    alone = small_layer(backend="twin")
+    alone.prefill(*make_tokens(0, 1, 60))
+    alone.attend(make_query(1, 1, 4))
+    assert torch.equal(other.attend(query), alone.attend(query))
+    for one in (layer, other):
+        one.check_integrity()

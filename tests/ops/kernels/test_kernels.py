@@ -1,0 +1,165 @@
+"""Each kernel against its twin, from the same layer; what is not real is NaN or nonsense."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import SCALING, SHAPES, SOFTCAPS, Step, assert_near, assert_same, copy_of, step_of
+
+from icecache.errors import InputError
+from icecache.ops import triton as kernels
+from icecache.ops.device import twin
+from icecache.ops.device.bits import count_bits
+from icecache.ops.device.check import check_device_tree
+from icecache.ops.device.records import DevicePages, DeviceTree, Part
+from icecache.ops.device.testing import random_case
+from icecache.ops.device.twin_insert import nearest_leaf
+
+# the interpreter computes bfloat16 wrongly
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)
+IDS = [f"G{s.group}-D{s.head_dim}-T{s.page_size}" for s in SHAPES]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=IDS)
+def step_of_ints(request: pytest.FixtureRequest, device: torch.device) -> Step:
+    """A step for ops that no dtype comes into."""
+    return step_of(request.param, None, device)
+
+
+@pytest.fixture(params=zip(SHAPES, SOFTCAPS), ids=IDS)
+def step(request: pytest.FixtureRequest, dtype: torch.dtype, device: torch.device) -> Step:
+    shape, softcap = request.param
+    return step_of(replace(shape, dtype=dtype), softcap, device)
+
+
+def merged(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    return twin.combine([part], None), part.lse.logsumexp(1)
+
+
+def test_push_and_attention_to_sink_and_window(step: Step, device: torch.device) -> None:
+    fixed = random_case(step.shape).fixed.to(device)
+    other = fixed.to(device)
+    for _ in range(2):
+        expected, got = twin.push(fixed, *step.new), kernels.push(other, *step.new)
+        for mine, theirs in zip((*got, *other[:4]), (*expected, *fixed[:4])):
+            assert_same(mine, theirs)
+        asked = (step.case.query, fixed, expected, SCALING, step.softcap)
+        part = kernels.attend_fixed(*asked)
+        for mine, theirs in zip(merged(part), merged(twin.attend_fixed(*asked))):
+            assert_near(mine, theirs)
+
+
+def test_score_and_vote(step: Step) -> None:
+    query, tree = step.case.query, step.case.tree
+    scores = kernels.score(query, tree, step.leaving, SCALING, step.softcap, 0.3)
+    for mine, theirs in zip(scores[:3], step.scores[:3]):
+        assert_near(mine, theirs)
+    assert_near(scores.priority_lse.logsumexp(1), step.scores.priority_lse.logsumexp(1))
+    assert_same(nearest_leaf(scores), nearest_leaf(step.scores))
+    votes = kernels.vote(scores, step.fixed, tree, step.shape.pages)
+    assert_near(votes / twin.VOTE_UNIT, step.votes / twin.VOTE_UNIT)
+    assert_same(kernels.vote(scores, step.fixed, tree, step.shape.pages), votes)
+
+
+@pytest.mark.parametrize("room", [0, 5, 33, 10_000])
+def test_select(step_of_ints: Step, room: int) -> None:
+    step = step_of_ints
+    most = min(step.selected.shape[1] + 3, step.shape.pages + 2)
+    # many equals, among them pages without a vote
+    for votes in (step.votes, step.votes >> 33 << 33):
+        asked = (votes, step.case.tree.page_used, room, most)
+        assert_same(kernels.select(*asked), twin.select(*asked))
+
+
+@pytest.mark.parametrize("room", [9, 70])
+def test_select_among_pages_of_all_sizes(room: int, device: torch.device) -> None:
+    used = torch.randint(-(1 << 62), 1 << 62, (3, 45)) >> torch.randint(0, 64, (3, 45))
+    used = torch.where(torch.rand(3, 45) < 0.2, 0, used).to(device)
+    # what a token is worth does not hang on the size of its page
+    votes = torch.randint(0, 1 << 34, (3, 45)).to(device) * count_bits(used)
+    expected = twin.select(votes, used, room, 11)
+    assert_same(kernels.select(votes, used, room, 11), expected)
+    # something was too large and something behind it was not
+    sizes = count_bits(used)
+    best = (votes // sizes.clamp(min=1)).masked_fill(sizes == 0, -1).topk(11).indices
+    assert any(
+        set(row[row >= 0].tolist()) - set(first[: int((row >= 0).sum())].tolist())
+        for row, first in zip(expected, best)
+    )
+
+
+def test_resolve_and_gather(step: Step, device: torch.device) -> None:
+    case = copy_of(random_case(step.shape), device)
+    pages, other = case.pages, case.pages.to(device)
+    for number in range(3):
+        wanted = step.selected.flip(1) if number == 1 else step.selected
+        wanted = torch.where((wanted >= 0) & (wanted % 3 == number % 2), -1, wanted)
+        counter = torch.tensor([number + 1], dtype=torch.int32, device=device)
+        expected, got = (
+            twin.resolve(wanted, pages, counter),
+            kernels.resolve(wanted, other, counter),
+        )
+        twin.gather(pages, *expected)
+        kernels.gather(other, *expected)
+        for mine, theirs in zip((*got, *other), (*expected, *pages)):
+            assert_same(mine, theirs)
+
+
+def test_attention_to_pages_and_to_the_rest(step: Step) -> None:
+    tree = step.case.tree
+    asked = (step.case.query, step.case.pages, step.selected, step.slots, tree.page_used)
+    exact = kernels.attend_pages(*asked, SCALING, step.softcap)
+    expected = twin.attend_pages(*asked, SCALING, step.softcap)
+    rest = kernels.attend_rest(step.scores, tree, step.selected)
+    expected_rest = twin.attend_rest(step.scores, tree, step.selected)
+    for mine, theirs in zip((exact, rest), (expected, expected_rest)):
+        for a, b in zip(merged(mine), merged(theirs)):
+            assert_near(a, b)
+    sinks = torch.randn(step.shape.rows, step.shape.group).to(step.case.query.device)
+    for parts, sink in (([step.fixed, exact, rest], None), ([exact, rest], sinks), ([rest], None)):
+        assert_near(kernels.combine(parts, sink), twin.combine(parts, sink))
+
+
+def test_insert(step: Step, device: torch.device) -> None:
+    mine, theirs = copy_of(step.case, device), copy_of(step.case, device)
+    kernels.insert(mine.tree, mine.pages, step.leaving, step.scores, step.shape.leaf_size)
+    twin.insert(theirs.tree, theirs.pages, step.leaving, step.scores, step.shape.leaf_size)
+    assert_layers_agree(mine.tree, mine.pages, theirs.tree, theirs.pages)
+    check_device_tree(mine.tree, mine.pages, step.shape.leaf_size)
+
+
+def assert_layers_agree(
+    tree: DeviceTree, pages: DevicePages, other_tree: DeviceTree, other_pages: DevicePages
+) -> None:
+    """Compare layers: means to a unit of their codes, all that says where tokens are exactly."""
+    for name, mine, theirs in zip(tree._fields, tree, other_tree):
+        if mine.dtype == torch.int8:
+            assert int((mine.int() - theirs.int()).abs().max()) <= 1, name
+        elif mine.dtype == torch.float32:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        else:
+            assert torch.equal(mine, theirs), name
+    for mine, theirs in zip(pages, other_pages):
+        assert_same(mine, theirs)
+
+
+def test_what_an_op_cannot_do_is_refused(device: torch.device) -> None:
+    step = step_of(SHAPES[0], None, device)
+    with pytest.raises(InputError, match=r"votes must be contiguous, got shape .* strides"):
+        kernels.select(step.votes.mT, step.case.tree.page_used, 20, 4)
+    wide = torch.full((step.shape.rows, step.shape.slots + 1), -1, dtype=torch.int32)
+    for ops in (twin, kernels):
+        with pytest.raises(InputError, match="must have a slot for each of the 6 pages"):
+            ops.resolve(wide, step.case.pages, torch.zeros(1, dtype=torch.int32))
+        with pytest.raises(InputError, match="one to three parts, got 0"):
+            ops.combine([], None)
+    many = torch.zeros(1, (1 << 20) + 1, dtype=torch.int64)
+    with pytest.raises(InputError, match="at most 1048576 pages, got 1048577"):
+        kernels.select(many, many, 20, 4)
