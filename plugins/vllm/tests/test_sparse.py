@@ -35,8 +35,9 @@ def test_answers_are_those_of_the_transformers_path(
     for ours, theirs in zip(sparse["answers"], transformers["answers"], strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["top"] == [pytest.approx(top, abs=0.05) for top in theirs["top"]]
-    ours, full = ([each["top"] for each in run["answers"]] for run in (sparse, stock))
-    assert ours != [pytest.approx(top, abs=1e-2) for top in full]
+    sixth = [[each["top"][5] for each in run["answers"]] for run in (sparse, stock)]
+    far = [mine != pytest.approx(full, abs=1e-2) for mine, full in zip(*sixth, strict=True)]
+    assert any(far) and not all(far)
 
 
 def test_steps_are_counted_for_each_request(sparse: Answers, transformers: Answers) -> None:
