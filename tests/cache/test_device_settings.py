@@ -42,6 +42,8 @@ def test_which_layer_and_which_backend() -> None:
         device_backend("native", torch.device("cuda"))
     with pytest.raises(ConfigError, match='page_dtype must be "auto" on a CPU'):
         make_layer(IceCacheConfig(page_dtype="int8"), **SHAPE)
+    with pytest.raises(ConfigError, match='page_dtype must be "auto" on a CPU'):
+        IceCacheLayer(IceCacheConfig(page_dtype="int8"), **SHAPE)
 
 
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +64,13 @@ def test_all_layers_keep_their_pages_in_the_same_place(monkeypatch: pytest.Monke
     assert not choice.fits(60, cuda)
     free[0] = 10000
     assert not choice.fits(10, cuda), "refused once, refused for all"
+    other = torch.device("cuda", 1)
+    assert choice.fits(60, other), "of another device nothing was refused"
+    choice.forget(cuda)
+    assert choice.fits(60, cuda)
+    free[0] = 1000
+    choice.forget(cuda)
+    assert not choice.fits(60, cuda), "what was let go is free already, and no more than that"
     assert not OffloadChoice(1).fits(1, torch.device("cpu")) or free[0]
 
 

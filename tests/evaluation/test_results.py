@@ -86,22 +86,21 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 
 def test_results_of_another_version_are_refused_unless_mixed(tmp_path: Path) -> None:
     later = {**STAMP, "commit": "beef", "torch": "3"}
-    # nothing was measured yet: no figure is of the earlier version
-    with ResultStore.open(tmp_path, SETTINGS, STAMP):
-        pass
-    with ResultStore.open(tmp_path, SETTINGS, later):
-        pass
     with ResultStore.open(tmp_path, SETTINGS, STAMP) as store:
         store.add(make_record(number=1))
     message = r"commit c0ffee, now beef; torch 2, now 3\); use another --out, or --mix"
     with pytest.raises(InputError, match=message), ResultStore.open(tmp_path, SETTINGS, later):
         raise AssertionError("it opened")
-    assert len(load_sessions(tmp_path)) == 3
+    assert len(load_sessions(tmp_path)) == 1
     with ResultStore.open(tmp_path, SETTINGS, {**STAMP, "started": "later"}) as store:
         assert len(store.records) == 1
     with ResultStore.open(tmp_path, SETTINGS, later, mix=True) as store:
         store.add(make_record(number=2))
     assert [each["commit"] for each in load_sessions(tmp_path)][-2:] == ["c0ffee", "beef"]
+    # it holds results of both now
+    for either in (STAMP, later):
+        with pytest.raises(InputError, match="--mix"), ResultStore.open(tmp_path, SETTINGS, either):
+            raise AssertionError("it opened")
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

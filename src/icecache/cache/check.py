@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icecache.config import IceCacheConfig
 from icecache.errors import ConfigError, InputError
 
 __all__ = [
@@ -135,6 +136,16 @@ def check_query(
             )
         if device.type == "cpu" and bool(sink_logits.isnan().any()):
             raise InputError("sink_logits must be numbers, got NaN")
+
+
+def check_host_config(config: IceCacheConfig) -> IceCacheConfig:
+    """Return the config; `ConfigError` if it asks for what the device path alone can do."""
+    if config.page_dtype != "auto":
+        raise ConfigError(
+            f'page_dtype must be "auto" on a CPU, got {config.page_dtype!r}; the device path alone '
+            "has other pages than the model's"
+        )
+    return config
 
 
 def check_finite_output(out: Tensor) -> None:

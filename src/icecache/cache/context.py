@@ -122,6 +122,8 @@ class Context:
             if max(self.tail.lens) <= self._config.most_dense_tokens:
                 return 0, 0
             self._start_index()
+        if max(self.tail.lens) <= keep:
+            return 0, 0
         self._fill_sink([max(0, length - keep) for length in self.tail.lens])
         leaving = [max(0, length - keep) for length in self.tail.lens]
         if not any(leaving):

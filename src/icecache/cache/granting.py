@@ -204,7 +204,9 @@ class GrantedLayers:
 
     def close(self) -> None:
         """Free all memory and end the thread that builds trees."""
-        for request_id in list(self._running):
-            self.end(request_id)
-        if self._executor is not None:
-            self._executor.shutdown()
+        try:
+            for request_id in list(self._running):
+                self.end(request_id)
+        finally:
+            if self._executor is not None:
+                self._executor.shutdown()

@@ -12,6 +12,7 @@ from icecache.cache.check import (
     Expected,
     check_crop,
     check_finite_output,
+    check_host_config,
     check_positions,
     check_query,
     check_rows,
@@ -71,7 +72,7 @@ class IceCacheLayer(Stepping, Portable):
         executor: Executor | None = None,
     ) -> None:
         self._expected = Expected.checked(num_kv_heads, head_dim, dtype, device)
-        self.config = config
+        self.config = check_host_config(config)
         self.num_kv_heads, self.head_dim, self.dtype, self.device = self._expected
         self._backend = resolve_backend(config.backend)
         self._background = Background(executor)
@@ -297,8 +298,7 @@ class IceCacheLayer(Stepping, Portable):
         """Forget the context and the counters; the memory is free again."""
         self._background.drop()
         self._held = None
-        self._counters = Counters()
-        self._unsettled = 0
+        self._counters, self._unsettled = Counters(), 0
         self._selection = self._fused = None
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:

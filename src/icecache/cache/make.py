@@ -9,7 +9,6 @@ from icecache.cache.device.layer import DeviceLayer
 from icecache.cache.device.settings import OffloadChoice
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
-from icecache.errors import ConfigError
 from icecache.ops.dispatch import DEVICE_BACKENDS
 
 __all__ = ["AnyLayer", "make_layer", "runs_on_device"]
@@ -50,11 +49,6 @@ def make_layer(
             dtype=dtype,
             device=device,
             choice=choice,
-        )
-    if config.page_dtype != "auto":
-        raise ConfigError(
-            f'page_dtype must be "auto" on a CPU, got {config.page_dtype!r}; the device path alone '
-            "has other pages than the model's"
         )
     return IceCacheLayer(
         config,

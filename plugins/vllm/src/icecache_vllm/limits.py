@@ -46,7 +46,7 @@ def reservations_for(
         return sum(estimate_bytes(settings.cache, *size) for size in sizes)
 
     parallel, longest = config.parallel_config, config.model_config.max_model_len
-    sharers = parallel.tensor_parallel_size * parallel.data_parallel_size_local
+    sharers = parallel.local_world_size * parallel.data_parallel_size_local
     made = Reservations(settings.max_host_memory, bytes_of, longest, sharers)
     logger.info(
         "IceCache: %d layers, budget %d; %d host bytes a rank, a request of %d tokens takes %d",

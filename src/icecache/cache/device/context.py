@@ -68,7 +68,7 @@ class DeviceContext:
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Take new tokens in; shapes as in `DeviceLayer.append`."""
-        self._check_whole()
+        self.check_whole()
         columns = keys.shape[2]
         counts = [columns] * keys.shape[0] if mask is None else mask.sum(1).tolist()
         longest = max(n + more for n, more in zip(self.row_lens, counts, strict=True))
@@ -88,6 +88,7 @@ class DeviceContext:
         """Let all tokens enter the index, if there is one."""
         if self.index is None:
             return
+        self.check_whole()
         self.inserted += self.index.settle()
         if self.fresh is not None:
             fresh, self.fresh = self.fresh, None
@@ -103,7 +104,7 @@ class DeviceContext:
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Attend several latest tokens exactly to everything, or one to a short context."""
-        self._check_whole()
+        self.check_whole()
         if self.tail is not None:
             valid = self.tail.valid() if self.tail.is_ragged else None
             dense = *self.tail.keys_values(), valid
@@ -115,6 +116,7 @@ class DeviceContext:
 
     def crop(self, num: int) -> None:
         """Drop the latest tokens of every row."""
+        self.check_whole()
         if self.tail is not None:
             self.tail.drop_latest(num)
             return
@@ -128,6 +130,7 @@ class DeviceContext:
 
     def reorder(self, rows: Tensor) -> None:
         """Take batch rows in a new order, repeated or dropped."""
+        self.check_whole()
         if self.tail is not None:
             self.tail.reorder(rows.to(self.settings.device))
             return
@@ -140,7 +143,7 @@ class DeviceContext:
 
     def fork(self) -> "DeviceContext":
         """Return a copy that shares nothing that is written to."""
-        self._check_whole()
+        self.check_whole()
         other = object.__new__(DeviceContext)
         other.__dict__.update(self.__dict__)
         other.tail = None if self.tail is None else self.tail.fork()
@@ -174,15 +177,23 @@ class DeviceContext:
         """Return the index; the first call moves all tokens of a short context to a new one."""
         if self.index is None:
             assert self.tail is not None
-            lens = self.tail.lens
-            self.index = DeviceIndex(self.settings, self._ops, len(lens))
-            if any(lens):
-                keys, values = self.tail.keys_values()
-                inserted, built = self.index.enter(Fresh(keys, values, list(lens)))
-                self.inserted += inserted
-                self.built += built
-            self.tail = None
+            index = DeviceIndex(self.settings, self._ops, len(self.tail.lens))
+            inserted, built = self._moved_to(index, self.tail)
+            self.inserted += inserted
+            self.built += built
+            # until here the tail holds everything, whatever happens
+            self.index, self.tail = index, None
         return self.index
+
+    @staticmethod
+    def _moved_to(index: DeviceIndex, tail: Tail) -> tuple[int, int]:
+        if not any(tail.lens):
+            return 0, 0
+        try:
+            return index.enter(Fresh(*tail.keys_values(), list(tail.lens)))
+        except BaseException:
+            index.close()
+            raise
 
     def _held_lens(self) -> list[int]:
         if self.tail is not None:
@@ -190,7 +201,8 @@ class DeviceContext:
         assert self.index is not None
         return self.index.window.lens
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raise `IntegrityError` if a call was interrupted while it moved tokens."""
         if self.is_torn:
             raise IntegrityError(
                 "an earlier call was interrupted while it moved tokens; call reset() to start anew"

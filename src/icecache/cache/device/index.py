@@ -16,6 +16,7 @@ from icecache.cache.device.transfer import Outbound
 from icecache.cache.device.window import DeviceWindow
 from icecache.ops.device.records import DevicePages, DeviceTree, Leaving
 from icecache.store.device_pool import DevicePool, PoolShape
+from icecache.store.memory import check_host_limit
 
 __all__ = ["DeviceIndex", "Fresh"]
 
@@ -73,7 +74,9 @@ class DeviceIndex:
         self.is_torn = False
         self.most_leaves = self.most_pages = 0
         self._outbound = Outbound(settings.device)
+        self._host_bytes = 0
         self._pool = DevicePool(self._shape_for(0, 0), settings.device)
+        self._host_bytes = self._pool.shape.host_bytes
         with torch.inference_mode(False):
             self.step_number = torch.zeros_like(self.window.fixed.lens[:1])
 
@@ -187,6 +190,7 @@ class DeviceIndex:
             return
         self.wait_for_transfers()
         self._pool = self._pool.grown(self._shape_for(leaves, pages))
+        self._host_bytes = self._pool.shape.host_bytes
 
     def addresses(self) -> tuple[int, ...]:
         """Return where a step reads and writes, and how much it selects."""
@@ -291,5 +295,8 @@ class DeviceIndex:
         return [one for part in parts for one in build(part, self.settings.build_config)]
 
     def _shape_for(self, leaves: int, pages: int) -> PoolShape:
-        lens = self.window.lens
-        return self.settings.pool_shape(len(lens), max(lens), leaves, pages)
+        lens, limit = self.window.lens, self.settings.config.max_host_memory
+        shape = self.settings.pool_shape(len(lens), max(lens), leaves, pages)
+        # what grows is there twice for a moment
+        check_host_limit(shape.host_bytes, self._host_bytes, limit)
+        return shape

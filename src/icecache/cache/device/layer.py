@@ -251,11 +251,13 @@ class DeviceLayer:
         """Let the context go."""
         if self._held is not None:
             self._held.close()
+            self._settings.choice.forget(self.device)
         self._held, self._unsettled = None, 0
 
     @torch.no_grad()
     def fork(self) -> "DeviceLayer":
         """Return a layer with a copy of the context, independent of this one from now on."""
+        self.settle()
         other = object.__new__(DeviceLayer)
         other.__dict__.update(self.__dict__)
         other._held = None if self._held is None else self._held.fork()
@@ -288,6 +290,7 @@ class DeviceLayer:
         softcap: float | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
+        context.check_whole()
         if context.fresh is not None:
             context.settle()
         if context.index is None:
@@ -306,7 +309,8 @@ class DeviceLayer:
         return step.out.view(query.shape).to(query.dtype)
 
     def _ask_for_memory(self, batch: int, tokens: int) -> None:
-        if self.config.max_host_memory is None:
+        # of single tokens the pools know better, which grow by many at once
+        if self.config.max_host_memory is None or tokens == 1:
             return
         index = None if self._held is None else self._held.index
         held = 0 if index is None else index.pool.shape.host_bytes

@@ -85,7 +85,7 @@ class DeviceSettings(NamedTuple):
 
 
 class OffloadChoice:
-    """Where ``offload="auto"`` keeps pages: all layers of a model alike.
+    """Where ``offload="auto"`` keeps pages: all layers of a device alike.
 
     Parameters
     ----------
@@ -95,22 +95,28 @@ class OffloadChoice:
 
     def __init__(self, num_layers: int = 1) -> None:
         self._num_layers = num_layers
-        self._granted = 0
-        self._is_refused = False
+        self._granted: dict[torch.device, int] = {}
+        self._refused: set[torch.device] = set()
 
     def fits(self, num_bytes: int, device: torch.device) -> bool:
         """Whether every layer may take so many bytes of the device; refused once, always refused.
 
         Half of what is free is left to the model's own work.
         """
-        if self._is_refused or num_bytes <= self._granted:
-            return not self._is_refused
-        free = free_device_bytes(device)
-        held = self._num_layers * self._granted
-        self._is_refused = free is None or 2 * self._num_layers * num_bytes > free + held
+        granted = self._granted.get(device, 0)
+        if device in self._refused or num_bytes <= granted:
+            return device not in self._refused
+        free, held = free_device_bytes(device), self._num_layers * granted
+        if free is None or 2 * self._num_layers * num_bytes > free + held:
+            self._refused.add(device)
         # layers that come later are a few leaves larger or smaller
-        self._granted = num_bytes + num_bytes // 8
-        return not self._is_refused
+        self._granted[device] = num_bytes + num_bytes // 8
+        return device not in self._refused
+
+    def forget(self, device: torch.device) -> None:
+        """Take note that a device's layers have let go of what they held."""
+        self._granted.pop(device, None)
+        self._refused.discard(device)
 
 
 def most_selected(config: IceCacheConfig) -> int:

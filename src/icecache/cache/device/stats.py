@@ -52,6 +52,8 @@ def device_stats(
 ) -> LayerStats:
     """Put together what a layer holds and what it has done; waits for the device."""
     index = None if context is None else context.index
+    if index is not None:
+        index.wait_for_transfers()
     selected, fetched = (0, 0) if index is None else _pages_of(index)
     sizes = _sizes(context)
     tokens = 0 if index is None else int((index.pages.positions >= 0).sum())

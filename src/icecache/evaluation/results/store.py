@@ -31,7 +31,7 @@ _SETTINGS_SHOWN = ("model", "dtype", "steps", "seed", "max_length", "overlong")
 
 
 class ResultStore:
-    """The results of one run, open for adding; use `open_store`.
+    """The results of one run, open for adding; use `ResultStore.open`.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ class ResultStore:
             store = ResultStore(folder)
             _cut_torn_line(folder / _SESSIONS)
             if store.records and not mix and _whole_lines(folder / _SESSIONS):
-                _check_versions(load_sessions(folder)[-1], session, folder)
+                for earlier in load_sessions(folder):
+                    _check_versions(earlier, session, folder)
             _append(
                 folder / _SESSIONS, json.dumps({**session, "settings": settings.to_json()}) + "\n"
             )

@@ -83,6 +83,9 @@ def _plan(
     tree: DeviceTree, pages: DevicePages, row: int, leaf: int, key: Tensor, leaf_size: int
 ) -> _Plan | None:
     opens = leaf < 0
+    if opens and int(tree.num_leaves[row]) > 0:
+        # no leaf is near a key that is no number
+        return None
     if opens:
         leaf, page, slots = 0, 0, []
     else:

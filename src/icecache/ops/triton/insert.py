@@ -153,7 +153,8 @@ def _insert_kernel(
             page_used, num_pages, open_page, i_row, page, leaving, P, T
         )
         held = tl.load(num_leaves + i_row)
-        lacks = ((opens | cuts) & (held >= L)) | (target >= P)
+        # no leaf is near a key that is no number
+        lacks = ((opens | cuts) & (held >= L)) | (target >= P) | (opens & (held > 0))
         # every warp has read before any writes
         tl.debug_barrier()
         if lacks:
