@@ -9,7 +9,7 @@
 
 #if defined(WIDE_TARGET)
 WIDE_INLINE void dot_wide_heads(int64_t heads, int64_t dim, const float *query, const int8_t *codes,
-                                const int32_t *id, int64_t num, float *out, int64_t stride) {
+                                const int32_t *id, int64_t num, PerHead out) {
     for (int64_t i = 0; i < num; i += WIDE_ENTRIES) {
         const int8_t *entry[WIDE_ENTRIES];
         /* behind the last entry, the last once more */
@@ -19,17 +19,18 @@ WIDE_INLINE void dot_wide_heads(int64_t heads, int64_t dim, const float *query, 
         _mm512_storeu_ps(found, wide_dots(dim, heads, query, entry));
         int64_t here = num - i;
         for (int64_t g = 0; g < heads && here >= WIDE_ENTRIES; g++)
-            memcpy(out + g * stride + i, found + WIDE_ENTRIES * g, sizeof(float) * WIDE_ENTRIES);
+            memcpy(out.data + g * out.stride + i, found + WIDE_ENTRIES * g, sizeof(float) * WIDE_ENTRIES);
         for (int64_t g = 0; g < heads && here < WIDE_ENTRIES; g++)
-            memcpy(out + g * stride + i, found + WIDE_ENTRIES * g, sizeof(float) * (size_t)here);
+            memcpy(out.data + g * out.stride + i, found + WIDE_ENTRIES * g, sizeof(float) * (size_t)here);
     }
 }
 
 WIDE_INLINE void dot_wide(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,
                           int64_t num, PerHead out) {
-    for (int64_t g = 0; g < out.heads; g += WIDE_HEADS)
-        BY_HEADS(out.heads - g, dot_wide_heads, dim, query + g * dim, codes, id, num,
-                 out.data + g * out.stride, out.stride)
+    for (int64_t g = 0; g < out.heads; g += WIDE_HEADS) {
+        PerHead some = {out.data + g * out.stride, out.heads - g, out.stride};
+        BY_HEADS(some.heads, dot_wide_heads, dim, query + g * dim, codes, id, num, some)
+    }
 }
 
 WIDE_TARGET static void dot_wide_entries(int64_t dim, const float *query, const int8_t *codes,
@@ -40,10 +41,9 @@ WIDE_TARGET static void dot_wide_entries(int64_t dim, const float *query, const 
 WIDE_INLINE void add_wide_heads(int64_t heads, int64_t dim, PerHead weight,
                                 const int8_t *const *codes, int64_t num, float *out) {
     int64_t at = 0;
-    for (; at + 4 * WIDE <= dim; at += 4 * WIDE)
-        wide_add(4, heads, weight.data, weight.stride, codes, at, num, out + at, dim);
-    for (; at < dim; at += WIDE)
-        wide_add(1, heads, weight.data, weight.stride, codes, at, num, out + at, dim);
+    weight.heads = heads;
+    for (; at + 4 * WIDE <= dim; at += 4 * WIDE) wide_add(4, weight, codes, at, num, out, dim);
+    for (; at < dim; at += WIDE) wide_add(1, weight, codes, at, num, out, dim);
 }
 
 WIDE_TARGET static void add_wide_entries(int64_t dim, PerHead weight, const int8_t *const *codes,
@@ -56,25 +56,25 @@ WIDE_TARGET static void add_wide_entries(int64_t dim, PerHead weight, const int8
 #endif
 
 /* Dot products of at most DOTS entries with all heads. */
-static inline void dot_block(int64_t dim, int64_t block, const float *query, int64_t heads,
-                             const int8_t *codes, const int32_t *id, float *out, int64_t stride) {
+static inline void dot_block(int64_t dim, int64_t block, const float *query, const int8_t *codes,
+                             const int32_t *id, PerHead out) {
     _Alignas(64) float mean[DOTS * MAX_DIM];
     for (int64_t k = 0; k < block; k++) from_int8(codes + (int64_t)id[k] * dim, mean + k * dim, dim);
-    if (block == DOTS && can_dots(dim, heads)) {
-        dots(dim, heads, query, mean, out, stride);
+    if (block == DOTS && can_dots(dim, out.heads)) {
+        dots(dim, out.heads, query, mean, out.data, out.stride);
         return;
     }
-    for (int64_t g = 0; g < heads; g++)
+    for (int64_t g = 0; g < out.heads; g++)
         for (int64_t k = 0; k < block; k++)
-            out[g * stride + k] = dot(query + g * dim, mean + k * dim, dim);
+            out.data[g * out.stride + k] = dot(query + g * dim, mean + k * dim, dim);
 }
 
 static inline void dot_blocks(int64_t dim, const float *query, const int8_t *codes,
                               const int32_t *id, int64_t num, PerHead out) {
     int64_t i = 0;
-    for (; i + DOTS <= num; i += DOTS)
-        dot_block(dim, DOTS, query, out.heads, codes, id + i, out.data + i, out.stride);
-    dot_block(dim, num - i, query, out.heads, codes, id + i, out.data + i, out.stride);
+    for (; i + DOTS <= num; i += DOTS, out.data += DOTS)
+        dot_block(dim, DOTS, query, codes, id + i, out);
+    dot_block(dim, num - i, query, codes, id + i, out);
 }
 
 CLONES static void dot_all(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "products.h"
+
 enum { WIDE = 16, WIDE_HEADS = 4, WIDE_ENTRIES = 4 };
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -58,26 +60,26 @@ WIDE_INLINE __m512 wide_dots(int64_t dim, int64_t heads, const float *query,
     return sum_of_lanes(sum);
 }
 
-/* Add weighted entries to `chunks` * 16 elements, from `at` on, of each head's output. */
-WIDE_INLINE void wide_add(int64_t chunks, int64_t heads, const float *weight, int64_t stride,
-                          const int8_t *const *value, int64_t at, int64_t num, float *out,
-                          int64_t dim) {
+/* Add weighted entries to `chunks` * 16 elements, from `at` on, of each head's output [heads, dim]. */
+WIDE_INLINE void wide_add(int64_t chunks, PerHead weight, const int8_t *const *value, int64_t at,
+                          int64_t num, float *out, int64_t dim) {
+    int64_t heads = weight.heads;
     __m512 sum[WIDE_HEADS * 4];
     for (int64_t g = 0; g < heads; g++)
         for (int64_t c = 0; c < chunks; c++)
-            sum[g * 4 + c] = _mm512_loadu_ps(out + g * dim + c * WIDE);
+            sum[g * 4 + c] = _mm512_loadu_ps(out + g * dim + at + c * WIDE);
     for (int64_t i = 0; i < num; i++) {
         __m512 part[4];
         for (int64_t c = 0; c < chunks; c++) part[c] = widen_codes(value[i] + at + c * WIDE);
         for (int64_t g = 0; g < heads; g++) {
-            __m512 w = _mm512_set1_ps(weight[g * stride + i]);
+            __m512 w = _mm512_set1_ps(weight.data[g * weight.stride + i]);
             for (int64_t c = 0; c < chunks; c++)
                 sum[g * 4 + c] = _mm512_fmadd_ps(w, part[c], sum[g * 4 + c]);
         }
     }
     for (int64_t g = 0; g < heads; g++)
         for (int64_t c = 0; c < chunks; c++)
-            _mm512_storeu_ps(out + g * dim + c * WIDE, sum[g * 4 + c]);
+            _mm512_storeu_ps(out + g * dim + at + c * WIDE, sum[g * 4 + c]);
 }
 
 /* Call f with a number of heads that the compiler knows. */
