@@ -74,6 +74,10 @@ class Player:
         """Bytes that came from host memory so far."""
         return 0.0
 
+    def graph_steps(self) -> int | None:
+        """Steps that ran from a recorded graph so far; None where none is meant to."""
+        return None
+
     def close(self) -> None:
         """Let the memory go."""
         self.cache = None
@@ -152,6 +156,10 @@ class Ice(Player):
         size = 1 if self._settings.page_dtype == "int8" else self.model.dtype.itemsize
         page = 2 * self._settings.page_size * self.model.config.head_dim * size
         return float(page * sum(s.pages_fetched for s in self.cache.stats().layers.values()))
+
+    def graph_steps(self) -> int | None:
+        """Steps that were replayed; None without CUDA."""
+        return self._step.steps if isinstance(self._step, GraphStep) else None
 
     def close(self) -> None:
         """Detach, and free all memory."""

@@ -73,7 +73,7 @@ def _decode(player: Player, bench: Bench, steps: int) -> dict[str, Any]:
     token = torch.zeros(1, 1, dtype=torch.long, device=bench.device)
     for _ in range(_WARM_STEPS):
         token = player.step(token).argmax(-1, keepdim=True)
-    fetched = player.fetched_bytes()
+    fetched, before = player.fetched_bytes(), player.graph_steps()
     _reset_peak(bench.device)
     seconds = []
     for _ in range(4):
@@ -84,6 +84,7 @@ def _decode(player: Player, bench: Bench, steps: int) -> dict[str, Any]:
         _wait(bench.device)
         seconds.append((time.perf_counter() - start) / max(1, steps // 4))
     timed = 4 * max(1, steps // 4)
+    graph_steps = _replayed(player, before)
     per_step = player.fetched_bytes()
     if not isinstance(player, Offloaded):
         per_step = (per_step - fetched) / timed
@@ -97,12 +98,23 @@ def _decode(player: Player, bench: Bench, steps: int) -> dict[str, Any]:
         "tpot_rounds_ms": [1e3 * one for one in seconds],
         "floor_ms": 1e3 * floor,
         "over_floor": tpot / floor,
+        "graph_steps": graph_steps,
         "fetched_bytes_per_step": per_step,
         "device_bytes": on_device,
         "host_bytes": on_host,
         "device_share_of_full_cache": on_device / full,
         "peak_device_bytes": _peak(bench.device),
     }
+
+
+def _replayed(player: Player, before: int | None) -> int | None:
+    """Steps that were replayed since; an error if they should have been, and were not."""
+    now = player.graph_steps()
+    if now is None or before is None:
+        return None
+    if now == before:
+        raise RuntimeError("no step ran from a CUDA graph: the times are of other steps")
+    return now - before
 
 
 def measure_prefill(player: Player, bench: Bench, tokens: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_measure
 import pytest
 
 
@@ -21,12 +22,29 @@ def test_smoke_measures_every_case(tmp_path: Path) -> None:
     for key in decoded:
         row = rows[key]
         assert row["tpot_ms"] > row["floor_ms"] > 0
+        assert row["graph_steps"] is None
         assert row["over_floor"] == pytest.approx(row["tpot_ms"] / row["floor_ms"])
     host, none = rows["icecache:host", 700], rows["icecache:none", 700]
     assert host["fetched_bytes_per_step"] > 0 == none["fetched_bytes_per_step"]
     assert none["host_bytes"] == 0 < host["host_bytes"]
     assert rows["icecache:int8", 700]["host_bytes"] < host["host_bytes"] / 2
     assert rows["dynamic", 700]["host_bytes"] == 2 * 2 * 2 * 16 * 4 * (700 + 10)
+
+
+def test_a_cache_that_is_not_recorded_fails_its_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.json"
+    case = ["--smoke", "--json", str(path), "--caches", "icecache:none", "--contexts", "100"]
+    monkeypatch.setattr(gpu_measure.Player, "graph_steps", lambda self: self.position)
+    monkeypatch.delattr("gpu_caches.Ice.graph_steps")
+    assert gpu.main(case) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["graph_steps"] == 4 * max(1, gpu.SMOKE.steps // 4)
+    monkeypatch.setattr(gpu_measure.Player, "graph_steps", lambda self: 0)
+    assert gpu.main(case) == 0
+    reasons = [row["reason"] for row in json.loads(path.read_text())["left_out"]]
+    assert reasons == ["RuntimeError: no step ran from a CUDA graph: the times are of other steps"]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:

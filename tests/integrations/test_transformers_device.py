@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import icecache
-from icecache.errors import BackendUnavailable, ConfigError, InputError
-from icecache.integrations.transformers.graph import GraphStep
+from icecache.errors import BackendUnavailable, ConfigError, InputError, UnsupportedModel
+from icecache.integrations.transformers.graph import GraphStep, require_recordable
 from tests.conftest import SmolLM2
 
 SMALL: dict[str, Any] = {
@@ -116,26 +116,26 @@ def test_a_second_turn_extends_the_conversation(model: LlamaForCausalLM) -> None
 class _Replayed:
     """Acts as a CUDA graph does: recording does nothing, replaying counts nothing."""
 
-    def __init__(self, failing: bool = False) -> None:
+    def __init__(self, failing: BaseException | None = None) -> None:
         self.cache: Callable[[], icecache.IceCache] | None = None
         self.recorded = 0
-        self._failing = failing
+        self.failing = failing
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         cores = [layer.core for layer in self.cache().layers]
+        assert not any(_outbound(core)._is_under_way for core in cores)
         before = [_tensors(core) for core in cores]
         kept = [[x.clone() for x in tensors] for tensors in before]
-        if self._failing:
-            call()
-        result = call() if not self._failing else torch.zeros(1)
+        result = call()
         for tensors, copies in zip(before, kept, strict=True):
             for x, copy in zip(tensors, copies, strict=True):
                 x.copy_(copy)
-        if self._failing:
-            raise RuntimeError("this operation cannot be captured")
+        if self.failing is not None:
+            raise self.failing
         self.recorded += 1
 
         def replay() -> None:
+            assert not any(_outbound(core)._is_under_way for core in cores)
             marks = [core.mark() for core in cores]
             columns = [layer.num_columns for layer in self.cache().layers]
             for core in cores:
@@ -150,6 +150,10 @@ class _Replayed:
         return result, replay
 
 
+def _outbound(core: Any) -> Any:
+    return core._held.index._outbound
+
+
 def _tensors(core: Any) -> list[Tensor]:
     index = core._held.index
     parts = [*index.tree, *index.pages, *index.window.fixed[:4], index.step_number]
@@ -159,7 +163,7 @@ def _tensors(core: Any) -> list[Tensor]:
 @pytest.mark.parametrize("failing", [False, True])
 def test_replayed_steps_give_the_same_tokens(model: LlamaForCausalLM, failing: bool) -> None:
     ids = _prompt(90)
-    recorder = _Replayed(failing)
+    recorder = _Replayed(RuntimeError("this operation cannot be captured") if failing else None)
     with icecache.attach(model, **SMALL) as attachment:
         truth = _generate(model, ids)
         eager = attachment.cache.stats()
@@ -204,6 +208,129 @@ def test_a_pool_that_moves_is_recorded_anew(
             layer.core.check_integrity()
     assert recorder.recorded >= 3
     assert cache.stats().tokens == 240 == cache.get_seq_length()
+
+
+def _played(
+    model: LlamaForCausalLM, step: Any, recorder: _Replayed | None = None
+) -> tuple[icecache.IceCache, Callable[[], Tensor]]:
+    """A cache past its budget, and what gives its next step's logits."""
+    ids, cache = _prompt(90), icecache.IceCache(model, **SMALL)
+    model(ids, past_key_values=cache)
+
+    def play() -> Tensor:
+        if recorder is not None:
+            recorder.cache = lambda: cache
+        i = cache.get_seq_length() % 90
+        return step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
+
+    return cache, play
+
+
+class _Stream:
+    """Stands in for a CUDA stream that copies."""
+
+    def __init__(self) -> None:
+        self.awaited: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.awaited.append(other)
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _begin_transfer(cache: icecache.IceCache) -> None:
+    for layer in cache.layers:
+        _outbound(layer.core)._stream, _outbound(layer.core)._is_under_way = _Stream(), True
+
+
+def test_replays_wait_for_pages_on_their_way(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorder refuses to record or replay before that: a graph does not wait by itself."""
+    current, recorder = _Stream(), _Replayed()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    with icecache.attach(model, **SMALL):
+        step = GraphStep(model, recorder)
+        cache, play = _played(model, step, recorder)
+        for _ in range(6):
+            _begin_transfer(cache)
+            play()
+    assert step.steps == 3 and recorder.recorded == 1
+    streams = [_outbound(layer.core)._stream for layer in cache.layers]
+    assert current.awaited[-len(streams) :] == streams
+
+
+def test_another_cache_takes_a_step_before_it_is_recorded(model: LlamaForCausalLM) -> None:
+    recorder = _Replayed()
+    with icecache.attach(model, **SMALL):
+        step = GraphStep(model, recorder)
+        _, play = _played(model, step, recorder)
+        for _ in range(5):
+            play()
+        assert (step.steps, recorder.recorded) == (2, 1)
+        _, play = _played(model, step, recorder)
+        play()
+        assert (step.steps, recorder.recorded) == (2, 1)
+        play()
+        assert (step.steps, recorder.recorded) == (3, 2)
+
+
+def test_memory_in_the_place_of_other_memory_is_not_the_same(model: LlamaForCausalLM) -> None:
+    with icecache.attach(model, **SMALL):
+        cache, play = _played(model, model)
+        core = cache.layers[0].core
+        before, index = core.addresses(), core._held.index
+        play()
+        assert core.addresses() == before
+        old = index.pool
+        index._pool = old.grown(old.shape._replace(leaves=old.shape.leaves + 8))
+        # as an allocator that gives the same places again would have it
+        index.pool.tree = index.tree._replace(key_mean=old.tree.key_mean)
+        index.pool.pages = index.pages._replace(host=old.pages.host)
+        assert core.addresses() != before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no kernel")], ids=repr)
+def test_a_recording_that_breaks_off_counts_no_token(
+    model: LlamaForCausalLM, error: BaseException
+) -> None:
+    recorder = _Replayed(error)
+    with icecache.attach(model, **SMALL):
+        _, plain = _played(model, model)
+        truth = [plain() for _ in range(6)]
+        step = GraphStep(model, recorder)
+        cache, play = _played(model, step, recorder)
+        ours = [play() for _ in range(3)]
+        with pytest.raises(type(error)):
+            play()
+        assert cache.get_seq_length() == cache.stats().tokens == 93
+        assert cache.stats().sparse_steps == 2 * 3
+        recorder.failing = None
+        ours += [play() for _ in range(3)]
+        for layer in cache.layers:
+            layer.core.check_integrity()
+    assert torch.equal(torch.cat(ours), torch.cat(truth))
+    assert step.steps == 3
+
+
+def test_a_layer_with_its_own_cache_is_not_recorded(model: LlamaForCausalLM) -> None:
+    require_recordable(model)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, sliding_window=16,
+        max_window_layers=1, pad_token_id=0,
+    )  # fmt: skip
+    mixed = Qwen2ForCausalLM(config).eval()
+    refused = r"layer 1 of qwen2 \(sliding_attention\) keeps its own; pass graph=False"
+    with pytest.raises(UnsupportedModel, match=refused):
+        icecache.attach(mixed, **SMALL, graph=True)
+    with icecache.attach(mixed, **SMALL):
+        step = GraphStep(mixed, _Replayed())
+        _, play = _played(mixed, step)
+        for _ in range(6):
+            play()
+    assert step.steps == 0
 
 
 def test_what_the_device_path_cannot_do_is_said(model: LlamaForCausalLM, tmp_path: Any) -> None:

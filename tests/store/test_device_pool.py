@@ -1,10 +1,12 @@
 """Memory of the device path: exact sizes, asked for before it is taken, moved without a loss."""
 
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from icecache.cache.device.transfer import Outbound
 from icecache.errors import DeviceMemoryExceeded, HostMemoryExceeded
 from icecache.store import device_pool, pinned
 from icecache.store.device_pool import DevicePool, PoolShape
@@ -59,9 +61,9 @@ def test_rows_in_another_order() -> None:
 def test_a_block_is_of_exact_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def mapped(fd: int, size: int) -> mmap.mmap:
-        asked.append(size)
-        return made(fd, size)
+    def mapped(fd: int, size: int, flags: int) -> mmap.mmap:
+        asked.append((size, flags))
+        return made(fd, size, flags=flags)
 
     made = mmap.mmap
     monkeypatch.setattr(mmap, "mmap", mapped)
@@ -69,7 +71,7 @@ def test_a_block_is_of_exact_size(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = PinnedBlock.bytes_for(shape, torch.float32)
     assert 0 <= needed - 4 * 3 * 5 * 7 < 256
     block = PinnedBlock(2 * needed, CPU)
-    assert asked == [2 * needed]
+    assert asked == [(2 * needed, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)]
     first, second = (block.take(shape, torch.float32) for _ in range(2))
     first.fill_(1.0)
     assert float(second.abs().max()) == 0.0
@@ -79,7 +81,7 @@ def test_a_block_is_of_exact_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icecache.store.memory.available_host_bytes", lambda: 1000)
-    monkeypatch.setattr(mmap, "mmap", lambda *_: pytest.fail("taken before it was asked for"))
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("taken before it was asked for"))
     with pytest.raises(HostMemoryExceeded):
         DevicePool(SHAPE, CPU)
     monkeypatch.setattr(device_pool, "free_device_bytes", lambda device: 1000)
@@ -93,6 +95,7 @@ def test_memory_is_registered_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pinned, "register", lambda x: calls.append(("register", x.data_ptr())))
     monkeypatch.setattr(pinned, "unregister", lambda address: calls.append(("let go", address)))
     block = PinnedBlock(4096, torch.device("cuda"))
+    assert block._release is not None and not block._release.atexit
     address = block.take((16,), torch.float32).data_ptr()
     block.close()
     block.close()
@@ -100,3 +103,25 @@ def test_memory_is_registered_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -
     PinnedBlock(4096, torch.device("cuda"))
     # nothing refers to it any more
     assert [name for name, _ in calls[2:]] == ["register", "let go"]
+
+
+def test_memory_that_cuda_may_not_pin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    with pytest.raises(HostMemoryExceeded, match=r"4,096 bytes could not be pinned.*ulimit -l"):
+        PinnedBlock(4096, torch.device("cuda"))
+
+
+def test_what_was_waited_for_is_not_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later recording would otherwise hold a wait for another stream."""
+    awaited: list[object] = []
+    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=awaited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    outbound = Outbound(CPU)
+    for is_waited_for in (False, True):
+        monkeypatch.setattr(outbound, "_stream", stream)
+        monkeypatch.setattr(outbound, "_is_under_way", True)
+        if is_waited_for:
+            outbound.wait()
+        outbound.join()
+    assert awaited == [stream]

@@ -35,7 +35,7 @@ class PinnedBlock:
     Raises
     ------
     HostMemoryExceeded
-        If the machine has not so much free; nothing was taken then.
+        If the machine has not so much free, or CUDA may not pin it; nothing was taken then.
 
     Notes
     -----
@@ -47,7 +47,10 @@ class PinnedBlock:
         check_host_memory(num_bytes)
         self.num_bytes = max(num_bytes, _ALIGNMENT)
         try:
-            self._memory = mmap.mmap(-1, self.num_bytes)
+            # private: a shared one would be written to by forked processes too
+            self._memory = mmap.mmap(
+                -1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except OSError as error:
             raise HostMemoryExceeded(num_bytes, 0) from error
         self._taken = 0
@@ -56,6 +59,8 @@ class PinnedBlock:
         if device.type == "cuda":
             register(self._bytes)
             self._release = weakref.finalize(self, unregister, self._bytes.data_ptr())
+            # the process's end frees it, and CUDA may be gone by then
+            self._release.atexit = False
 
     @staticmethod
     def bytes_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -80,11 +85,24 @@ class PinnedBlock:
 
 
 def register(memory: Tensor) -> None:
-    """Pin host memory, and map it for all CUDA devices."""
+    """Pin host memory, and map it for all CUDA devices.
+
+    Raises
+    ------
+    HostMemoryExceeded
+        If CUDA refuses.
+    """
     result = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
-        memory.data_ptr(), memory.numel() * memory.element_size(), _REGISTER_FLAGS
+        memory.data_ptr(), memory.nbytes, _REGISTER_FLAGS
     )
-    torch.cuda.check_error(int(result))
+    if int(result):
+        error = HostMemoryExceeded(memory.nbytes, 0)
+        error.args = (
+            f"host memory: {memory.nbytes:,} bytes could not be pinned (cudaHostRegister: error "
+            f"{int(result)}); raise the limit of locked memory (ulimit -l), shorten the context, "
+            'or pass offload="none"',
+        )
+        raise error
 
 
 def unregister(address: int) -> None:

@@ -4,6 +4,7 @@ What a step changes lies in tensors of fixed shape; what the host has to know of
 are, whether there is room) it counts along, without asking the device.
 """
 
+import weakref
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -192,11 +193,13 @@ class DeviceIndex:
         self._pool = self._pool.grown(self._shape_for(leaves, pages))
         self._host_bytes = self._pool.shape.host_bytes
 
-    def addresses(self) -> tuple[int, ...]:
-        """Return where a step reads and writes, and how much it selects."""
-        fixed = self.window.fixed.keys
-        parts = (fixed, self.tree.key_mean, self.pages.host, self.step_number)
-        return (self.room, *(part.data_ptr() for part in parts))
+    def addresses(self) -> tuple[object, ...]:
+        """Return where a step reads and writes, and how much it selects.
+
+        Equal only while it is the same memory of the same index: what took its place may lie at
+        the same address. Nothing is kept alive.
+        """
+        return self.room, *(weakref.ref(part) for part in (self, self._pool, self.window))
 
     def count_step(self) -> int:
         """Take note of a whole step that the device did; returns how many tokens it inserted."""

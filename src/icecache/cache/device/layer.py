@@ -217,10 +217,15 @@ class DeviceLayer:
             index.make_room(1, 1)
         return True
 
-    def addresses(self) -> tuple[int, ...]:
+    def addresses(self) -> tuple[object, ...]:
         """Return where a step reads and writes: what has recorded it is bound to those."""
         assert self._held is not None and self._held.index is not None
         return self._held.index.addresses()
+
+    def join_transfers(self) -> None:
+        """Let the steps from here on see pages that are still on their way to host memory."""
+        assert self._held is not None and self._held.index is not None
+        self._held.index.join_transfers()
 
     def count_step(self) -> None:
         """Take note of a step that the device did without the host: a replayed recording."""

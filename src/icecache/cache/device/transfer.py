@@ -48,6 +48,7 @@ class Outbound:
         if self._stream is not None:
             self._stream.synchronize()
             torch.cuda.current_stream(self._device).synchronize()
+            self._is_under_way = False
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

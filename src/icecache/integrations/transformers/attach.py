@@ -11,7 +11,7 @@ from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
 from icecache.integrations.transformers.attention import NAME, register
 from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
 from icecache.integrations.transformers.compiled import CompiledStep, require_compilable
-from icecache.integrations.transformers.graph import CudaRecorder, GraphStep
+from icecache.integrations.transformers.graph import CudaRecorder, GraphStep, require_recordable
 from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
 
@@ -152,7 +152,8 @@ def attach(
         `graph` records.
     graph : bool, optional
         Record a decode step of ``generate`` as one CUDA graph and replay it: on CUDA by default.
-        Steps with padding run as they are.
+        Steps with padding run as they are, and so does by default a model of which some layer keeps
+        its own cache, such as a sliding window; True refuses that model.
     **config
         Single settings, such as ``budget=128``; see `icecache.IceCacheConfig`.
 
@@ -167,7 +168,7 @@ def attach(
     ConfigError
         On an unknown setting or a value outside its rule.
     UnsupportedModel
-        If the model cannot run with IceCache, or not compiled; it is left as it was.
+        If the model cannot run with IceCache, compiled or recorded; it is left as it was.
     BackendUnavailable
         If it is to be compiled and there is no C++ compiler, or recorded and there is no CUDA.
 
@@ -197,6 +198,8 @@ def _decode_step(
     """Return what runs the decode steps, None to run them as they are."""
     if runs_on_device(settings, model.device):
         is_recorded = model.device.type == "cuda" if graph is None else graph
+        if graph:
+            require_recordable(model)
         if compile:
             require_compilable(model)
             if not is_recorded:

@@ -3,7 +3,8 @@
 On the device path a step does the same work on the same addresses every time, and what the host has
 to know of it can be counted without asking the device. So after a few steps as they are, one is
 recorded; from then on the host only puts the token in and takes the logits out. When something has
-moved (a context outgrew its room, another cache) it is recorded anew.
+moved (a context outgrew its room, another cache) one step runs as it is, and the next is recorded
+anew.
 """
 
 import logging
@@ -16,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from icecache.cache.device.layer import DeviceLayer
-from icecache.errors import BackendUnavailable, IceCacheError
+from icecache.errors import BackendUnavailable, IceCacheError, UnsupportedModel
 from icecache.integrations.transformers.cache import IceCache
 from icecache.integrations.transformers.compiled import decode_of, is_plain_step, run_for
+from icecache.integrations.transformers.support import supports
 
-__all__ = ["CudaRecorder", "GraphStep", "Recorder"]
+__all__ = ["CudaRecorder", "GraphStep", "Recorder", "require_recordable"]
 
 _LOGGER = logging.getLogger(__name__)
 _WARM_STEPS = 3
@@ -53,6 +55,23 @@ class CudaRecorder:
         with torch.cuda.graph(graph, pool=self._memory):
             result = call()
         return result, graph.replay
+
+
+def require_recordable(model: PreTrainedModel) -> None:
+    """Raise unless the model's decode steps can be recorded.
+
+    Raises
+    ------
+    UnsupportedModel
+        If some layer's cache stays with the model.
+    """
+    report = supports(model)
+    left = [layer for layer in report.layers if layer.status != "managed"]
+    if left:
+        raise UnsupportedModel(
+            f"graph=True needs every layer's cache to be IceCache's, and layer {left[0].index} of "
+            f"{report.model_type} ({left[0].kind}) keeps its own; pass graph=False"
+        )
 
 
 class _Recorded(NamedTuple):
@@ -88,6 +107,7 @@ class GraphStep:
         self._decode = torch.compile(decode, fullgraph=True, dynamic=False) if compile else decode
         self.steps = 0
         self._warm = 0
+        self._warmed_for: tuple[object, ...] | None = None
         self._can_record = True
         self._recorded: _Recorded | None = None
 
@@ -106,14 +126,19 @@ class GraphStep:
         if cores is None or not self._can_record:
             return self.model(**inputs)
         signature = self._signature(cores, token_ids)
-        if self._recorded is None or self._recorded.signature != signature:
-            if self._warm < _WARM_STEPS:
-                self._warm += 1
-                return self._eager(cache, token_ids, positions)
-            if not self._record(cache, cores, signature, token_ids, positions):
-                return self.model(**inputs)
-        else:
+        is_new = self._recorded is None or self._recorded.signature != signature
+        # kernels that this cache needs are compiled outside of a recording
+        if is_new and (self._warm < _WARM_STEPS or self._warmed_for != signature):
+            output = self._eager(cache, token_ids, positions)
+            self._warm, self._warmed_for = self._warm + 1, signature
+            return output
+        # a recording must not wait for another stream, and a replay runs nothing that would
+        for core in cores:
+            core.join_transfers()
+        if not is_new:
             _count_replay(cache, cores)
+        elif not self._record(cache, cores, signature, token_ids, positions):
+            return self.model(**inputs)
         return self._replay(cache, token_ids, positions)
 
     def _eager(self, cache: IceCache, token_ids: Tensor, positions: Tensor) -> Any:
@@ -146,12 +171,14 @@ class GraphStep:
             logits, replay = self._recorder.record(
                 lambda: run_for(cache, self._decode, *inputs, undo=False)
             )
-        except (RuntimeError, IceCacheError) as reason:
-            _LOGGER.warning("decode steps run without a CUDA graph: %s", reason)
-            self._can_record = False
+        except BaseException as reason:
             for core, mark in zip(cores, marks, strict=True):
                 core.rewind(mark)
             cache.forward_pass.forget(columns)
+            if not isinstance(reason, RuntimeError | IceCacheError):
+                raise
+            _LOGGER.warning("decode steps run without a CUDA graph: %s", reason)
+            self._can_record = False
             return False
         self._recorded = _Recorded(signature, *inputs, logits, replay)
         return True
