@@ -76,7 +76,11 @@ def _cached(answer: ChatCompletion) -> int:
 
 
 def _has_answer(folder: Path) -> bool:
-    manifests = [json.loads(path.read_text()) for path in folder.rglob("manifest.json")]
+    try:
+        manifests = [json.loads(path.read_text()) for path in folder.rglob("manifest.json")]
+    except FileNotFoundError:
+        # a prompt's gives way to its answer's while it is looked at
+        return False
     return any(manifest["about"]["is_ended"] for manifest in manifests)
 
 
