@@ -153,3 +153,20 @@ def test_an_insert_without_room_changes_nothing_but_the_flag(device, lacking):
                 assert_same(mine, theirs)
             return
     raise AssertionError("the row never ran out of room")
+
+
+@pytest.mark.parametrize("ops", [twin, kernels], ids=["twin", "kernels"])
+def test_a_key_that_is_no_number_leaves_the_leaves_as_they_are(device, ops):
+    shape = CaseShape(kv_heads=1, head_dim=8, leaf_size=2, page_size=8, sink=0, window=1)
+    query, fixed, tree, pages = copy_of(empty_case(shape), device)
+    for number in range(6):
+        before = (*tree.to(device)[:-1], *pages.to(device))
+        key, value = torch.randn(2, 1, 8).to(device)
+        # what is pushed now leaves at the next turn
+        leaving = ops.push(fixed, key * torch.nan if number == 4 else key, value)
+        scores = ops.score(query, tree, leaving, SCALING, None, 0.0)
+        ops.insert(tree, pages, leaving, scores, shape.leaf_size)
+    check_device_tree(tree, pages, shape.leaf_size)
+    assert tree.full.all()
+    for mine, theirs in zip((*tree[:-1], *pages), before):
+        assert_same(mine, theirs)
