@@ -1,6 +1,5 @@
 """Layers of many requests for an engine that tells them apart by the blocks it grants them."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
 from icecache.errors import IntegrityError
+from icecache.ops.threads import SoloThreads
 
 __all__ = ["Ended", "GrantedLayers", "Report", "Row", "Work"]
 
@@ -107,7 +107,7 @@ class GrantedLayers:
         self._config = config
         self._running: dict[str, _Running] = {}
         self._by_block: dict[int, _Running] = {}
-        self._executor = ThreadPoolExecutor(1) if config.overlap else None
+        self._executor = SoloThreads(1, "icecache") if config.overlap else None
         self._reported = Work(0, 0)
         self._ended: list[Ended] = []
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from icecache.engine.conversations import Conversation
 from icecache.engine.runner import Runner
 from icecache.errors import IceCacheError, InputError, SnapshotMismatch
 from icecache.integrations.transformers.fingerprint import fingerprint
+from icecache.ops.threads import SoloThreads
 
 __all__ = ["Archive"]
 
@@ -67,7 +68,7 @@ class Archive:
             raise InputError(f"another process keeps its conversations in {folder}") from error
         except OSError as error:
             raise InputError(f"cannot keep conversations in {folder}: {error.strerror}") from error
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="icecache-archive")
+        self._writer = SoloThreads(1, "icecache-archive")
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,6 @@ up to that, and everything else is done request by request.
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from icecache.integrations.transformers.attach import (
     set_attention,
 )
 from icecache.integrations.transformers.support import decoder_config, supports
+from icecache.ops.threads import SoloThreads
 
 __all__ = ["Piece", "Runner"]
 
@@ -85,7 +85,7 @@ class Runner:
         self.end_ids = _end_ids(model)
         threads = _num_cores() if threads is None else threads
         self._threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="icecache-engine")
+        self._executor = SoloThreads(threads, "icecache-engine")
         self._before = attention_of(model)
         register_packed()
         try:

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from threading import BoundedSemaphore
 from typing import Any
+
+from icecache.ops.threads import SoloThreads
 
 __all__ = ["Threads", "most_unfinished"]
 
@@ -15,12 +17,12 @@ class Threads:
     """A thread pool that a copy of its owner does not share."""
 
     def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
+        self._executor: SoloThreads | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {"_executor": None}
 
-    def executor(self) -> ThreadPoolExecutor:
+    def executor(self) -> SoloThreads:
         """Return the pool; half of the cores are the model's."""
         if self._executor is None:
             self._executor = _BoundedExecutor(_num_workers())
@@ -33,7 +35,7 @@ class Threads:
             self._executor = None
 
 
-class _BoundedExecutor(ThreadPoolExecutor):
+class _BoundedExecutor(SoloThreads):
     """A pool whose `submit` waits while a task more than there are workers is unfinished.
 
     Each unfinished build holds its layer's prompt; a model that is faster than its builders
@@ -41,7 +43,7 @@ class _BoundedExecutor(ThreadPoolExecutor):
     """
 
     def __init__(self, workers: int) -> None:
-        super().__init__(workers, thread_name_prefix="icecache")
+        super().__init__(workers, "icecache")
         self._room = BoundedSemaphore(most_unfinished())
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 6
+_VERSION = 7
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -203,6 +203,7 @@ def load() -> ctypes.CDLL:
     library.icecache_fill.restype = c_int
     library.icecache_adopt.argtypes = [POINTER(Tree), c_int64, c_int64, *(c_void_p,) * 3, c_int64]
     library.icecache_adopt.restype = c_int
+    library.icecache_work_alone.restype = None
     return library
 
 

@@ -308,7 +308,7 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
 EXPORT int64_t icecache_layout(void) {
     int64_t sizes[] = {sizeof(Shape), sizeof(Level), sizeof(Tree), sizeof(Pages), sizeof(Segment),
                        sizeof(Result), sizeof(Decode)};
-    int64_t all = 6;
+    int64_t all = 7;
     for (int i = 0; i < 7; i++) all = all * 131 + sizes[i];
     return all;
 }
