@@ -14,14 +14,14 @@ setup(
             sources=[
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
-                    *("search", "given", "step", "dense", "decode", "path"),
+                    *("search", "given", "row", "step", "dense", "decode", "path"),
                     *("grow", "insert", "group", "pack", "fill", "products", "threads"),
                 )
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
                 for name in (
-                    *("layer", "vector", "search", "step", "insert", "decode"),
+                    *("layer", "vector", "search", "row", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
                     *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
                 )

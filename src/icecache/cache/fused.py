@@ -15,7 +15,7 @@ from torch import Tensor
 from icecache.attention.native import Span, can_attend, can_attend_spans, segment
 from icecache.cache.context import Context
 from icecache.cache.indexed import IndexedTokens
-from icecache.cache.native_insert import TOP_IS_WIDE, provide
+from icecache.cache.native_insert import provide
 from icecache.cache.stats import Counters
 from icecache.config import IceCacheConfig
 from icecache.errors import HostMemoryExceeded, InputError
@@ -58,8 +58,8 @@ class FusedStep:
         self.context = context
         self._config, self._num_kv_heads = config, num_kv_heads
         self._call = load().icecache_decode
-        self._decode, self._first, self._answer = Decode(), ctypes.c_int64(), Answer()
-        parts = (self._decode, self._first, self._answer)
+        self._decode, self._stopped, self._answer = Decode(), ctypes.c_int64(), Answer()
+        parts = (self._decode, self._stopped, self._answer)
         self._references = tuple(ctypes.byref(part) for part in parts)
         self._scaling = 0.0
         self._softcap: float | None = None
@@ -115,7 +115,7 @@ class FusedStep:
         """Attend to all, the new token with them."""
         self._lengths += 1
         self._decode.end = self._end
-        self._first.value = -1
+        self._stopped.value = -1
         status: int = self._call(*self._references)
         if status != _NOT_FINITE:
             self.context.tail.advance(slides=False)
@@ -125,8 +125,8 @@ class FusedStep:
 
     def _slide(self, indexed: IndexedTokens) -> int:
         """Let the oldest token of each row's window enter the tree, and attend sparsely."""
-        context, first, rows = self.context, self._first, self._attended.size
-        first.value, self._decode.end = -1, self._end
+        context, stopped, rows = self.context, self._stopped, self._attended.size
+        stopped.value, self._decode.end = -1, self._end
         # what is interrupted between here and the end is in two places or in none
         context.is_torn = True
         self._start += 1
@@ -135,14 +135,13 @@ class FusedStep:
             status: int = self._call(*self._references)
             if status != _STOPPED:
                 break
-            row = first.value - (self._answer.status == TOP_IS_WIDE)
-            provide(self._answer, row, indexed.tree, indexed.pool, indexed.pages)
-        if first.value == rows:
+            provide(self._answer, stopped.value, indexed.tree, indexed.pool, indexed.pages)
+        if stopped.value == rows:
             indexed.lens = [have + 1 for have in indexed.lens]
             self._position += 1
             context.tail.advance(slides=True)
             self.took_in = True
-        context.is_torn = status == _NO_MEMORY and first.value < rows
+        context.is_torn = status == _NO_MEMORY and stopped.value < rows
         return status
 
     def _is_prepared(self, new: NewToken) -> bool:
@@ -248,6 +247,8 @@ class FusedStep:
         arrays = (self._row, self._offset, self._position)
         decode.leaving = Tokens(tail.keys, tail.values, *(array.ctypes.data for array in arrays))
         decode.offset = self._offset.ctypes.data
+        self._answers = (Answer * rows)()
+        decode.answers = ctypes.addressof(self._answers)
 
     def _point_to(self, indexed: IndexedTokens) -> None:
         self._tree, self._pages = indexed.to_write()

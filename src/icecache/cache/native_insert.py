@@ -14,9 +14,9 @@ from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from icecache.tree.tree import Tree
 
-__all__ = ["TOP_IS_WIDE", "TokensInPlace", "insert_native", "provide"]
+__all__ = ["TokensInPlace", "insert_native", "provide"]
 
-_INSERTED, _NEEDS_PAGE, _NEEDS_COPY, _NEEDS_ROOM, TOP_IS_WIDE = range(5)
+_INSERTED, _NEEDS_PAGE, _NEEDS_COPY, _NEEDS_ROOM, _TOP_IS_WIDE = range(5)
 
 
 class TokensInPlace(NamedTuple):
@@ -74,14 +74,14 @@ def insert_native(
         if done < 0:
             raise HostMemoryExceeded(pool.head_dim * 4 * 400, 0)
         if answer.status != _INSERTED:
-            last = done - (answer.status == TOP_IS_WIDE)
+            last = done - (answer.status == _TOP_IS_WIDE)
             provide(answer, int(tokens.row[last]), tree, pool, pages)
 
 
 def provide(answer: Answer, row: int, tree: Tree, pool: PagePool, pages: PageTable) -> None:
     """Give a row what its token lacked, or its tree the level that it outgrew."""
     if answer.status == _NEEDS_PAGE:
-        pages.hold(row, pool.allocate(1), [pool.page_size])
+        pages.grow(row)
     elif answer.status == _NEEDS_COPY:
         pages.replace(row, answer.page, pool.copy_page(int(pages.page_of[row, answer.page])))
     elif answer.status == _NEEDS_ROOM:

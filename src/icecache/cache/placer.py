@@ -117,7 +117,8 @@ class Placer:
         """Return the fullest page with room, the row's own; a new one if there is none."""
         page = self._pages.fullest_with(row, room, besides)
         if page == NONE:
-            return self._pages.hold(row, self._pool.allocate(1), [self._pool.page_size])
+            self._pages.grow(row)
+            return self._pages.fullest_with(row, room, besides)
         self._own(row, page)
         return page
 

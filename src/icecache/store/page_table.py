@@ -24,6 +24,7 @@ from icecache.store.pool import PagePool
 __all__ = ["PageTable"]
 
 _NONE = -1
+_GROWTH = 64
 _PER_PAGE = ("page_of", "free", "_before", "_after")
 
 
@@ -100,6 +101,11 @@ class PageTable:
             same = first + np.flatnonzero(self.free[row, first : first + len(pages)] == slots)
             self._link(row, same.astype(np.int32), slots)
         return first
+
+    def grow(self, row: int) -> None:
+        """Give a row empty pages: one, and longer rows a 64th of what they have."""
+        num = max(1, int(self.num_pages[row]) // _GROWTH)
+        self.hold(row, self._pool.allocate(num), [self._pool.page_size] * num)
 
     def change_free(self, row: int, page: int, change: int) -> None:
         """Add to the number of free slots of a held page."""

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MAX_HEADS = 256
-_VERSION = 7
+_VERSION = 8
 MAX_DIM = 512
 MOST_LEVELS = 12
 _REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
@@ -144,7 +144,7 @@ class Decode(ctypes.Structure):
         *((name, View) for name in ("query", "key", "value")),
         ("sink_logits", c_void_p),
         ("leaving", Tokens),
-        *((name, c_void_p) for name in ("offset", "wide", "out")),
+        *((name, c_void_p) for name in ("offset", "answers", "wide", "out")),
         ("result", Result),
     ]
 

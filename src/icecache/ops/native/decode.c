@@ -102,27 +102,49 @@ static int attend(Decode *d) {
                : OVERFLOWED;
 }
 
-/* `first` is -1; or, after STOPPED, as it was left, when the token has got what `answer` says that it
+/* Let the leaving token of every row that waits enter the tree; rows share nothing that changes. */
+static int enter(Decode *d) {
+    int64_t failed = 0, rows = d->shape.rows;
+#if defined(_OPENMP)
+    int64_t threads = d->threads < rows ? d->threads : rows;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1) reduction(+ : failed)
+#endif
+    for (int64_t row = 0; row < rows; row++)
+        if (d->answers[row].status == WAITS)
+            failed += icecache_insert(&d->shape, d->tree, d->pages, &d->leaving, row, row + 1,
+                                      d->answers + row) < 0;
+    return failed ? -1 : 0;
+}
+
+/* The first row whose token lacks something, or whose tree does; it will have got that when it is
+ * its turn again. */
+static int64_t next_stopped(Decode *d, Answer *answer) {
+    int64_t row = 0;
+    while (row < d->shape.rows && d->answers[row].status == INSERTED) row++;
+    if (row < d->shape.rows) {
+        *answer = d->answers[row];
+        d->answers[row].status = answer->status == TOP_IS_WIDE ? INSERTED : WAITS;
+    }
+    return row;
+}
+
+/* `row` is -1; or, after STOPPED, as it was left, when that row has got what `answer` says that it
  * lacked. With NOT_FINITE nothing has changed. */
-EXPORT int icecache_decode(Decode *d, int64_t *first, Answer *answer) {
-    if (*first < 0) {
+EXPORT int icecache_decode(Decode *d, int64_t *row, Answer *answer) {
+    if (*row < 0) {
         int64_t heads = d->kv_heads * d->shape.heads;
         if (!all_finite(d, &d->query, heads) || !all_finite(d, &d->key, d->kv_heads) ||
             !all_finite(d, &d->value, d->kv_heads))
             return NOT_FINITE;
         append(d);
         if (d->tree) find_leaving(d);
-        *first = 0;
+        for (int64_t i = 0; d->tree && i < d->shape.rows; i++) d->answers[i].status = WAITS;
+        *row = 0;
     }
     if (d->tree) {
-        *answer = (Answer){INSERTED, 0};
-        int64_t done = *first;
-        while (done < d->shape.rows && answer->status == INSERTED)
-            done = icecache_insert(&d->shape, d->tree, d->pages, &d->leaving, done, d->shape.rows,
-                                   answer);
-        if (done < 0) return NO_MEMORY;
-        *first = done;
-        if (answer->status != INSERTED) return STOPPED;
+        if (enter(d)) return NO_MEMORY;
+        *row = next_stopped(d, answer);
+        if (*row < d->shape.rows) return STOPPED;
     }
     return attend(d);
 }

@@ -22,6 +22,7 @@ typedef struct {
     const float *sink_logits; /* [rows, heads] */
     Tokens leaving;           /* those that enter the tree, one a row */
     int64_t *offset;          /* of `leaving`, to be written here */
+    Answer *answers;          /* [rows], room to work in */
     float *wide;              /* [2, rows, heads, dim], query and output */
     void *out;                /* [rows, heads, dim] */
     Result result;

@@ -49,14 +49,14 @@ CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t r
     PerHead logits = {f->logits + from, s->heads, f->stride};
     icecache_dot_entries(s->dim, query, of->key_mean + first * s->dim, id, num, logits);
     if (f->is_flat) {
-        read_all_leaves(of, first, num, s->scaling, log_of, f, from);
+        read_all_leaves(of, first + from, num, s->scaling, log_of, f, from);
     } else {
         for (int64_t i = 0; i < num; i++) {
             int64_t at = first + id[i], count = count_of(of, level, at);
             f->count[from + i] = (float)count;
             f->scale[from + i] = s->scaling * from_bfloat16(of->key_scale[at]);
             f->spread[from + i] = from_bfloat16(of->spread[at]);
-            f->log_count[from + i] = count < 256 ? log_of[count] : logf((float)count);
+            f->log_count[from + i] = count <= s->leaf_size ? log_of[count] : logf((float)count);
         }
     }
     const float *scale = f->scale + from, *spread = f->spread + from, *more = f->log_count + from;
@@ -226,8 +226,8 @@ static void choose(const Shape *s, Found *f, int64_t num) {
     take_best(s, f, collect(f, from, num, 1, -1.0f), num);
 }
 
-void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
-                         const float *fixed_lse, const float *log_of, Found *f) {
+void icecache_find_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
+                          const float *fixed_lse, const float *log_of, Found *f) {
     f->is_flat = is_flat(s, t, row);
     int64_t level = f->is_flat ? 0 : top_level(t, row), num = t->level[level].num[row];
     f->num_far = f->nodes_scored = 0;
@@ -237,20 +237,22 @@ void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float
         num = expand(s, t, level, row, query, log_of, num, f);
         memcpy(f->id + f->num_far, f->frontier, sizeof(int32_t) * (size_t)num);
     }
-    score(s, t, 0, row, query, log_of, f->num_far, num, f);
     f->num = f->num_far + num;
-    choose(s, f, num);
 }
 
-void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
-                       const float *log_of, Found *f) {
-    int64_t num = t->level[0].num[row];
+void icecache_score_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
+                           const float *log_of, int64_t from, int64_t num, Found *f) {
+    score(s, t, 0, row, query, log_of, from, num, f);
+}
+
+void icecache_choose_leaves(const Shape *s, Found *f) { choose(s, f, f->num - f->num_far); }
+
+void icecache_name_leaves(const Tree *t, int64_t row, Found *f) {
     f->is_flat = 1;
     f->num_far = f->nodes_scored = 0;
-    f->num = num;
-    for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
-    score(s, t, 0, row, query, log_of, 0, num, f);
-    memset(f->chosen, 0, (size_t)num);
+    f->num = t->level[0].num[row];
+    for (int64_t i = 0; i < f->num; i++) f->id[i] = (int32_t)i;
+    memset(f->chosen, 0, (size_t)f->num);
 }
 
 int64_t icecache_most_entries(const Shape *s, const Tree *t) {

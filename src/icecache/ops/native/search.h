@@ -27,15 +27,21 @@ int64_t icecache_most_entries(const Shape *s, const Tree *t);
 int64_t icecache_found_bytes(int64_t stride, int64_t heads);
 void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads);
 
-/* Score the leaves near the query and the nodes far from it, choose leaves within the room. */
-void icecache_search_row(const Shape *s, const Tree *t, int64_t row, const float *query,
-                         const float *fixed_lse, const float *log_of, Found *f);
+/* Score the nodes far from the query and name the leaves near it, entries num_far to num. */
+void icecache_find_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
+                          const float *fixed_lse, const float *log_of, Found *f);
 
-/* Score all leaves of a row and choose none. */
-void icecache_scan_row(const Shape *s, const Tree *t, int64_t row, const float *query,
-                       const float *log_of, Found *f);
+/* Score some of them; which, and how many at a time, makes no difference. */
+void icecache_score_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
+                           const float *log_of, int64_t from, int64_t num, Found *f);
 
-/* After a scan: take the tokens at `wanted`, [room], -1 where there is none, and leave the rest of
+/* Choose leaves within the room, once all are scored. */
+void icecache_choose_leaves(const Shape *s, Found *f);
+
+/* Name all leaves of a row, and choose none. */
+void icecache_name_leaves(const Tree *t, int64_t row, Found *f);
+
+/* Once all leaves are scored: take the tokens at `wanted`, [room], -1 where there is none, and leave the rest of
  * their leaves. Writes each key's element in the pool; returns their number, -1 without memory. */
 int64_t icecache_take_given(const Shape *s, const Tree *t, const Pages *p, int64_t row,
                             const int32_t *wanted, Found *f, int64_t *token);

@@ -1,0 +1,51 @@
+/* One row's part of a decode step, in parts that several threads can share. In order: begin, every
+ * block scored, select, every block added, finish. */
+#ifndef ICECACHE_ROW_H
+#define ICECACHE_ROW_H
+
+#include "search.h"
+#include "step.h"
+
+/* Entries that are scored, and whose values are summed, at a time. Sums are added block by block
+ * whoever made them, so that a result does not depend on the number of threads. */
+#define BLOCK 1024
+
+typedef struct {
+    const Shape *shape;
+    const Tree *tree;
+    const Pages *pages;
+    const Segment *segments;
+    int64_t num_segments;
+    const float *query, *sink_logits; /* [rows, heads, dim], [rows, heads] or null */
+    float log_of[256];                /* of the sizes of leaves */
+    Result *result;
+} Step;
+
+/* The tokens that a row attends exactly. */
+typedef struct {
+    int64_t stride, num_fixed, num;
+    float *logits;  /* [heads, stride] */
+    float *lse;     /* [heads], of sink and window */
+    int64_t *token; /* [room], element of the key in the pool */
+} Exact;
+
+/* What one row is worked on in. */
+typedef struct {
+    Exact exact;
+    Found found;
+    float *sums; /* [blocks, heads, dim] */
+} Room;
+
+/* Bytes of a room for so many entries, and so many tokens of sink and window. */
+int64_t icecache_room_bytes(const Shape *s, int64_t entries, int64_t fixed);
+void icecache_make_room(const Shape *s, int64_t entries, int64_t fixed, char *memory, Room *room);
+
+void icecache_begin_row(const Step *step, int64_t row, Room *room);
+void icecache_score_block(const Step *step, int64_t row, int64_t block, Room *room);
+int icecache_select_row(const Step *step, int64_t row, Room *room); /* -1 without memory */
+void icecache_add_block(const Step *step, int64_t row, int64_t block, Room *room);
+void icecache_finish_row(const Step *step, int64_t row, Room *room);
+
+static inline int64_t num_blocks(int64_t entries) { return (entries + BLOCK - 1) / BLOCK; }
+
+#endif
