@@ -14,9 +14,9 @@
 #include "vector.h"
 
 /* Of all rows: from which on a second thread is worth waking. */
-#define LEAST_ENTRIES 8192
+#define LEAST_ENTRIES 1024
 /* Of one row: from which on threads share it rather than wait for the one that has it. */
-#define LEAST_SHARED 2048
+#define LEAST_SHARED 4096
 #define MOST_THREADS 64
 
 static int64_t this_thread(void) {
