@@ -161,6 +161,7 @@ static int64_t append_children(const Shape *s, const Tree *t, int64_t level, int
             int64_t at = row_below + child;
             prefetch(below->key_mean + at * s->dim, s->dim);
             prefetch(below->key_scale + at, 2);
+            prefetch(below->value_scale + at, 2);
             prefetch(below->spread + at, 2);
             prefetch((const char *)below->count + at * (level > 1 ? 4 : 1), 1);
             f->frontier[children++] = child;
