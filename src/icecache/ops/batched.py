@@ -19,6 +19,7 @@ __all__ = [
     "summarize",
 ]
 
+_BLOCK_QUERIES = 512
 _BLOCK_ELEMENTS = 1 << 26
 _FEW_ELEMENTS = 2048
 _FEW_MEMBERS = 64
@@ -252,15 +253,19 @@ def attend_dense(
             enable_gqa=query.shape[1] != keys.shape[1],
         )
     blocks = []
-    step = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys))
+    step = _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys)
+    step = max(1, min(step, _BLOCK_QUERIES))
     for start in range(0, num_queries, step):
         block = query[:, :, start : start + step]
         number = start + torch.arange(block.shape[2], device=query.device)
-        seen = _seen(valid, num_keys, num_queries, number)
+        # no query of the block sees a key behind its own
+        end = num_keys - num_queries + start + block.shape[2]
+        seen = _seen(valid, num_keys, num_queries, number)[..., :end]
+        k, v = keys[:, :, :end], values[:, :, :end]
         if softcap is None and sink_logits is None:
-            blocks.append(_attend_masked(block, keys, values, seen, scaling))
+            blocks.append(_attend_masked(block, k, v, seen, scaling))
         else:
-            blocks.append(_attend_capped(block, keys, values, seen, scaling, softcap, sink_logits))
+            blocks.append(_attend_capped(block, k, v, seen, scaling, softcap, sink_logits))
     return torch.cat(blocks, 2)
 
 
