@@ -152,7 +152,7 @@ def run(
         task |= {"rounds": rounds or [{}], "max_tokens": [24] * len(prompts)}
         where = tmp_path_factory.mktemp("engine")
         more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
-        # nothing compiled is left, and nothing from an earlier run is found
+        # a model compiled in an earlier run is not found
         more["VLLM_CACHE_ROOT"] = str(where / "cache")
         return run_script(sys.executable, "run_engine.py", task, where, 900, **more)
 
