@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +110,22 @@ def selected(**settings: Any) -> dict[str, Any]:
     return {"kv_transfer_config": {**transfer, "kv_connector_extra_config": settings}}
 
 
+def fake_engine(**settings: Any) -> Any:
+    """Return what the plugin reads of an engine's configuration."""
+    transfer = SimpleNamespace(kv_connector="IceCacheConnector", kv_connector_extra_config=settings)
+    ones = ("pipeline_parallel_size", "decode_context_parallel_size", "local_world_size")
+    more = ("prefill_context_parallel_size", "data_parallel_size_local")
+    return SimpleNamespace(
+        kv_transfer_config=transfer,
+        parallel_config=SimpleNamespace(**dict.fromkeys((*ones, *more), 1)),
+        model_config=SimpleNamespace(max_model_len=1000),
+        use_v2_model_runner=False,
+        speculative_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+    )
+
+
 @pytest.fixture(scope="session")
 def engine(model: str) -> dict[str, Any]:
     """The engine arguments that all runs share: prompts in 256-token chunks beside decodes."""
@@ -125,15 +143,18 @@ def engine(model: str) -> dict[str, Any]:
 def run(
     engine: dict[str, Any], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """A function that answers the prompts by an engine with more arguments."""
+    """A function that answers the prompts by one engine with more arguments, once a round."""
 
-    def answer(arguments: dict[str, Any], *, one_process: bool = True, **task: Any) -> Answers:
-        full: Answers = {"engine": {**engine, **arguments}, "prompts": prompts, **task}
-        full["max_tokens"] = [24] * len(prompts)
+    def answer(
+        arguments: dict[str, Any], *rounds: dict[str, Any], one_process: bool = True
+    ) -> Answers:
+        task: Answers = {"engine": {**engine, **arguments}, "prompts": prompts}
+        task |= {"rounds": rounds or [{}], "max_tokens": [24] * len(prompts)}
         where = tmp_path_factory.mktemp("engine")
-        alone = "0" if one_process else "1"
-        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": alone}
-        return run_script(sys.executable, "run_engine.py", full, where, 900, **more)
+        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
+        # a model compiled in an earlier run is not found
+        more["VLLM_CACHE_ROOT"] = str(where / "cache")
+        return run_script(sys.executable, "run_engine.py", task, where, 900, **more)
 
     return answer
 
@@ -142,3 +163,46 @@ def run(
 def stock(run: Run) -> Answers:
     """What vLLM answers without us."""
     return run({})
+
+
+@pytest.fixture(scope="session")
+def sparse(run: Run) -> Answers:
+    """A budget of 256: whole prompts, as our transformers path takes them, and then chunks."""
+    return run({"max_num_batched_tokens": 8192, **selected(budget=256)}, {}, {"at_once": 256})
+
+
+def tokens_of(run: Answers, number: int = 0) -> list[list[int]]:
+    """Return the tokens of a round's answers."""
+    return [answer["tokens"] for answer in run["rounds"][number]["answers"]]
+
+
+def work_of(run: Answers) -> dict[int, tuple[int, int, int]]:
+    """Return what the log says of each request: sparse steps, dense steps, host bytes freed."""
+    line = (
+        r"request (\d+)-\S+ ended with \d+ tokens, (\d+) sparse and (\d+) dense steps; (\d+) host"
+    )
+    found = [[int(group) for group in groups] for groups in re.findall(line, run["output"])]
+    return {number: (sparse, dense, host) for number, sparse, dense, host in found}
+
+
+def first_difference(ours: Answers, theirs: Answers) -> int:
+    """Return at which step two answers part, or their length."""
+    pairs = enumerate(zip(ours["tokens"], theirs["tokens"], strict=True))
+    return next((i for i, (mine, other) in pairs if mine != other), len(ours["tokens"]))
+
+
+def num_alike(ours: list[Answers], theirs: list[Answers], close: float) -> int:
+    """Return how many answers are the same; each other one must part at a close call.
+
+    Until then the log-probabilities of the best two, and there the two's difference, are within
+    ``close``.
+    """
+    same = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        first, steps = first_difference(mine, other), len(other["tokens"])
+        same += first == steps
+        for top, their_top in zip(mine["top"][:first], other["top"][:first], strict=True):
+            assert top == pytest.approx(their_top, abs=close)
+        if first < steps:
+            assert other["top"][first][0] - other["top"][first][1] < close
+    return same

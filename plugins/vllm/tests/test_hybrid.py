@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answers, run_script, save_tiny, selected
+from conftest import Answers, run_script, save_tiny, selected, tokens_of
 
 ALONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -16,7 +16,7 @@ def task(engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
     arguments = {**engine, "model": model, "max_model_len": 512, "skip_tokenizer_init": True}
     arguments |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 26}
     prompts = [[3 + (7 * i * (i + k)) % 500 for i in range(n)] for k, n in ((1, 400), (2, 90))]
-    return {"engine": arguments, "prompts": prompts, "max_tokens": [12, 12]}
+    return {"engine": arguments, "prompts": prompts, "max_tokens": [12, 12], "rounds": [{}]}
 
 
 def test_full_layers_alone_are_ours(task: Answers, tmp_path: Path) -> None:
@@ -25,8 +25,7 @@ def test_full_layers_alone_are_ours(task: Answers, tmp_path: Path) -> None:
     ours = run_script(
         sys.executable, "run_engine.py", {**task, "engine": arguments}, tmp_path, 900, **ALONE
     )
-    tokens = [[each["tokens"] for each in run["answers"]] for run in (ours, stock)]
-    assert tokens[0] == tokens[1]
+    assert tokens_of(ours) == tokens_of(stock)
     assert ours["output"].count("IceCache: 2 layers") == 1
     assert ours["output"].count("IceCache: request") == 2
 

@@ -1,11 +1,11 @@
 """What needs no engine: versions, settings, who may run, whose memory is whose."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+import vllm
+from conftest import fake_engine
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -16,26 +16,10 @@ from icecache.errors import BackendUnavailable, ConfigError, InputError, Unsuppo
 from icecache.store.reservations import Reservations
 from icecache_vllm.backend import IceBackend
 from icecache_vllm.blocks import IceManager, IceSpec
-from icecache_vllm.metrics import IceStats
-from icecache_vllm.settings import CONNECTOR, Settings, check_engine, is_selected
+from icecache_vllm.settings import Settings, check_engine, is_selected
 
 CACHE = IceCacheConfig(budget=64, sink=4, window=8)
 FULL = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=16, dtype=torch.float32)
-
-
-def config(**settings: Any) -> Any:
-    """Return what the plugin reads of an engine's configuration."""
-    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=settings)
-    ones = ("pipeline_parallel_size", "decode_context_parallel_size")
-    parallel = dict.fromkeys((*ones, "prefill_context_parallel_size"), 1)
-    return SimpleNamespace(
-        kv_transfer_config=transfer,
-        parallel_config=SimpleNamespace(**parallel),
-        use_v2_model_runner=False,
-        speculative_config=None,
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-    )
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.7", "0.32.0+cpu"])
@@ -49,30 +33,39 @@ def test_another_version_is_refused_with_the_one_to_install(found: str) -> None:
         icecache_vllm.check_version(found)
 
 
+def test_loading_the_plugin_looks_at_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(BackendUnavailable, match=r"found 0\.33\.1"):
+        icecache_vllm.register()
+
+
 def test_an_engine_that_did_not_ask_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     from icecache_vllm import selected
 
-    engine = config(budget=512)
+    engine = fake_engine(budget=512)
     monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: engine)
     assert issubclass(selected.backend, IceBackend)
     assert selected.backend.settings.cache.budget == 512
+    engine.speculative_config = object()
+    with pytest.raises(ConfigError, match="speculative decoding"):
+        selected.backend  # noqa: B018
     engine.kv_transfer_config = None
     assert selected.backend is CPUAttentionBackend
     assert not is_selected(engine)
 
 
 def test_settings_are_checked() -> None:
-    assert Settings.of(config(budget=300, max_host_memory=7)).max_host_memory == 7
+    assert Settings.of(fake_engine(budget=300, max_host_memory=7)).max_host_memory == 7
     for wrong, message in (
         ({"bugdet": 3}, "unknown setting 'bugdet'"),
         ({"budget": 3}, "budget must be"),
         ({"layer_reuse": 2}, "layer_reuse must be 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Settings.of(config(**wrong))
+            Settings.of(fake_engine(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +83,7 @@ def test_settings_are_checked() -> None:
 def test_what_does_not_go_together_is_refused(
     part: str, name: str, value: object, said: str
 ) -> None:
-    engine = config()
+    engine = fake_engine()
     check_engine(engine, is_cpu=True)
     setattr(getattr(engine, part) if part else engine, name, value)
     with pytest.raises(ConfigError, match=said):
@@ -99,14 +92,14 @@ def test_what_does_not_go_together_is_refused(
 
 def test_accelerators_are_refused() -> None:
     with pytest.raises(ConfigError, match="an accelerator"):
-        check_engine(config(), is_cpu=False)
+        check_engine(fake_engine(), is_cpu=False)
 
 
 def test_full_attention_alone_gets_our_blocks() -> None:
     backend = IceBackend.configured(Settings(CACHE))
     spec = backend.customize_spec(FULL)
     assert isinstance(spec, IceSpec)
-    assert spec.block_size % 32 == 0 and spec.block_size >= Granted.tokens_of(CACHE) == 69
+    assert (spec.block_size, Granted.tokens_of(CACHE)) == (96, 69)
     assert spec.page_size_bytes == 3 * spec.block_size * 2 * 16 * 4
     assert not spec.prefix_cacheable
     sliding = SlidingWindowSpec(
@@ -142,19 +135,3 @@ def test_requests_wait_while_host_memory_is_set_aside() -> None:
     assert kept.reserved == 0
     with pytest.raises(InputError, match="must be announced"):
         wanted("d")
-
-
-def test_reports_add_up_over_ranks_and_time() -> None:
-    first = {"sparse_steps": 2, "dense_steps": 1, "requests": [2], "host_bytes": {"0": 5}}
-    other = {"sparse_steps": 0, "dense_steps": 0, "requests": [], "host_bytes": {"1": 6}}
-    later = {"sparse_steps": 3, "dense_steps": 0, "requests": [], "host_bytes": {"0": 1, "1": 2}}
-    total = IceStats(data=first).aggregate(IceStats(data=other))
-    assert total.reduce()["icecache_host_bytes"] == 11
-    total = total.aggregate(IceStats(data=later))
-    assert total.reduce() == {
-        "icecache_sparse_steps": 5,
-        "icecache_dense_steps": 1,
-        "icecache_requests_ended": 1,
-        "icecache_host_bytes": 3,
-    }
-    assert IceStats().is_empty() and not total.is_empty()
