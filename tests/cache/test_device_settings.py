@@ -25,7 +25,8 @@ SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 16, "dtype": torch.float
         ({"leaf_size": 5}, r"leaf_size must be at most half of page_size \(8\)"),
         ({"selection": "exact"}, "selection must be 'tree' on the device path, got 'exact'"),
         ({"layer_reuse": 2}, "layer_reuse must be 1 on the device path, got 2"),
-        ({"device_slots": 3}, "device_slots must be at least the 8 pages .* got 3"),
+        ({"device_slots": 3}, "device_slots must be at least the 9 pages .* got 3"),
+        ({"device_slots": 3, "unit": "page"}, "must be at least the 8 pages .* got 3"),
         ({"page_dtype": "int8", "offload": "none"}, 'page_dtype must be "auto" with offload'),
     ],
 )
@@ -105,7 +106,25 @@ def test_int8_pages_are_near_the_models_own() -> None:
 
 
 def test_a_step_never_selects_more_than_it_can_hold() -> None:
-    assert most_selected(IceCacheConfig()) == 2 * 13 + 2 + 208 // 33
+    """Neither more than three pages for each that the chosen tokens would fill, nor fewer than a
+    row of no more than those may lie in."""
+    assert most_selected(IceCacheConfig(unit="page")) == 2 * 13 + 2 + 208 // 33
+    assert most_selected(IceCacheConfig()) == 3 * 13
+    assert most_selected(IceCacheConfig(budget=64)) == 2 * 1 + 2
+
+
+@pytest.mark.parametrize("unit", ["leaf", "page"])
+def test_the_unit_is_what_is_attended_of_a_page(unit: str) -> None:
+    layer = small_layer(backend="twin", unit=unit)
+    layer.prefill(*make_tokens(0, 2, 200))
+    parts = 0
+    for step in range(5):
+        layer.attend(make_query(1 + step, 2, 4))
+        pages, tokens = layer._counters._last.selected
+        used = layer._held.index.tree.page_used.gather(1, pages.clamp(min=0).long())
+        parts += int(((pages >= 0) & (tokens != used)).sum())
+        assert layer.stats().tokens_attended <= layer.config.budget
+    assert (parts > 0) == (unit == "leaf")
 
 
 def test_a_limit_of_host_memory_holds() -> None:

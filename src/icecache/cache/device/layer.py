@@ -33,7 +33,8 @@ class DeviceLayer:
     The calls are those of `IceCacheLayer`, and mean the same. Summaries of all leaves, sink, window
     and the pages wanted lately lie on the device, all pages in pinned host memory or on the device
     too. A step has fixed shapes and does not wait for the device, so that a CUDA graph can hold it.
-    What a step chooses is pages, whatever `config.unit` says.
+    Whole pages are fetched; what is attended of them is their chosen leaves, or with
+    ``unit="page"`` all. A step touches a bounded number of them (docs/gpu.md).
 
     Parameters
     ----------
@@ -139,12 +140,12 @@ class DeviceLayer:
     ) -> Tensor:
         """Attend the latest tokens' queries to the context, as `IceCacheLayer.attend` does.
 
-        `positions` must be None: what a step attends is whole pages of its own.
+        `positions` must be None: a step attends what it selects itself.
         """
         if self._held is None or self.num_tokens == 0:
             raise InputError("attend needs tokens: call prefill or append first")
         if positions is not None:
-            raise InputError("positions must be None on the device path, where layers select pages")
+            raise InputError("positions must be None on the device path, where each layer selects")
         scaling = self.head_dim**-0.5 if scaling is None else scaling
         check_query(query, scaling, softcap, sink_logits, self.batch_size, self._expected)
         num_queries = query.shape[2]

@@ -13,6 +13,7 @@ __all__ = ["DeviceSettings", "OffloadChoice", "check_device_config", "most_selec
 
 _LEAST_PAGE, _MOST_PAGE = 8, 64
 _SLOTS_PER_SELECTED = 2
+_PAGES_PER_FILLED = 3
 _GROWTH_TOKENS = 4096
 _MARGIN = 64
 _ONE_BUILD = 33
@@ -122,10 +123,13 @@ class OffloadChoice:
 def most_selected(config: IceCacheConfig) -> int:
     """Return the most pages that a step selects of a row: what has room is always among them.
 
-    Pages that were full once stay half full; a build may leave one more that is not.
+    Pages that were full once stay half full; a build may leave one more that is not. Chosen leaves
+    lie in some two and a half times as many pages as they would fill.
     """
     room = config.budget - config.sink - config.window
-    return 2 * math.ceil(room / config.page_size) + 2 + room // _ONE_BUILD
+    filled = math.ceil(room / config.page_size)
+    most = 2 * filled + 2 + room // _ONE_BUILD
+    return most if config.unit == "page" else max(most, _PAGES_PER_FILLED * filled)
 
 
 def check_device_config(config: IceCacheConfig) -> None:
