@@ -58,7 +58,8 @@ def test_the_device_path_says_what_travels(kv_folder: Path) -> None:
     for unit in ("leaf", "page"):
         overrides = {"backend": "twin", "unit": unit}
         rows[unit] = fidelity.run(kv_folder, [128], overrides=overrides)["rows"][0]
-    assert rows["page"]["pages_per_step"] < rows["leaf"]["pages_per_step"] <= 15
+    # 80 tokens beside sink and window, 16 a page, three pages for each that they fill
+    assert 5 <= rows["page"]["pages_per_step"] < rows["leaf"]["pages_per_step"] <= 15
     assert rows["leaf"]["error"] < rows["page"]["error"]
     for row in rows.values():
         assert 0 < row["fetched_per_step"] < row["pages_per_step"]

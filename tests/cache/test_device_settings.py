@@ -59,7 +59,8 @@ def test_all_layers_keep_their_pages_in_the_same_place(monkeypatch: pytest.Monke
     monkeypatch.setattr(device_settings, "free_device_bytes", lambda device: free[0])
     cuda = torch.device("cuda")
     choice = OffloadChoice(num_layers=10)
-    assert choice.fits(50, cuda)
+    assert not choice.would_fit(51, cuda)
+    assert choice.fits(50, cuda), "what was only asked about was not refused"
     free[0] = 500
     assert choice.fits(51, cuda)
     assert not choice.fits(60, cuda)
@@ -132,6 +133,27 @@ def test_a_limit_of_host_memory_holds() -> None:
     with pytest.raises(HostMemoryExceeded):
         layer.prefill(*make_tokens(0, 2, 200))
     assert layer.num_tokens == 0
+
+
+def test_host_memory_is_not_asked_for_where_pages_live_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit that no page would fit in, and a device that has room for all or for none."""
+    free = [1 << 40]
+    monkeypatch.setattr(device_settings, "free_device_bytes", lambda device: free[0])
+    layer = small_layer(backend="twin", offload="auto", max_host_memory=1000)
+    assert layer.estimate_bytes(2, 200) == 0
+    layer.prefill(*make_tokens(0, 2, 200))
+    assert layer.attend(make_query(1, 2, 4)).isfinite().all()
+    assert layer.stats().offload == "none" and layer.stats().host_bytes == 0
+    free[0] = 0
+    layer = small_layer(backend="twin", offload="auto", max_host_memory=1000)
+    assert layer.estimate_bytes(2, 200) > 1000
+    free[0] = 1 << 40
+    assert layer.estimate_bytes(2, 200) == 0, "what was only asked about was not refused"
+    free[0] = 0
+    with pytest.raises(HostMemoryExceeded):
+        layer.prefill(*make_tokens(0, 2, 200))
 
 
 def test_positions_are_refused() -> None:

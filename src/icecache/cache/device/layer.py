@@ -210,7 +210,7 @@ class DeviceLayer:
     def is_steady(self) -> bool:
         """Whether the next step does what every later one does; makes room for it first."""
         index = None if self._held is None else self._held.index
-        if index is None or self._held is None or self._held.fresh is not None:
+        if index is None or self._held is None or self._held.fresh is not None or index.is_torn:
             return False
         if index.leaving is not None or not all(index.window.is_full):
             return False
@@ -248,6 +248,11 @@ class DeviceLayer:
         self._held.index.rewind(index)
         self._counters.rewind(counters)
 
+    def tear(self) -> None:
+        """Refuse all further use: what the device has done of a step is not known."""
+        if self._held is not None and self._held.index is not None:
+            self._held.index.is_torn = True
+
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""
         self.release()
@@ -271,8 +276,9 @@ class DeviceLayer:
         return other
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
-        """Return the host bytes that so many more tokens take."""
-        if self.config.offload == "none":
+        """Return the host bytes that so many more tokens take, 0 if pages live on the device."""
+        held = max(self.row_lens, default=0)
+        if not self._settings.will_offload(batch, held + tokens):
             return 0
         size = 1 if self.config.page_dtype == "int8" else self.dtype.itemsize
         scales = 8 if self.config.page_dtype == "int8" else 0
