@@ -12,6 +12,8 @@ __all__ = ["attend_rest"]
 
 _MOST_PIECES = 32
 _LEAF_TILE = 64
+# leaves times pages that are compared at a time: more would not stay in registers
+_MOST_COMPARED = 8192
 
 
 def attend_rest(scores: Scores, tree: DeviceTree, selected: Selected) -> Part:
@@ -19,7 +21,8 @@ def attend_rest(scores: Scores, tree: DeviceTree, selected: Selected) -> Part:
     check_contiguous(pages=selected.pages, tokens=selected.tokens, value_mean=tree.value_mean)
     num_rows, group, capacity = scores.estimate.shape
     dim = tree.value_mean.shape[2]
-    leaf_tile = min(_LEAF_TILE, tile(capacity))
+    page_tile = tile(selected.pages.shape[1])
+    leaf_tile = min(_LEAF_TILE, tile(capacity), max(tile(1), _MOST_COMPARED // page_tile))
     tiles = triton.cdiv(triton.cdiv(capacity, leaf_tile), _MOST_PIECES)
     pieces = triton.cdiv(capacity, tiles * leaf_tile)
     out = scores.estimate.new_empty(num_rows, pieces, group, dim)
@@ -42,7 +45,7 @@ def attend_rest(scores: Scores, tree: DeviceTree, selected: Selected) -> Part:
             BG=tile(group),
             BD=tile(dim),
             BL=leaf_tile,
-            BS=tile(selected.pages.shape[1]),
+            BS=page_tile,
             num_warps=8,
         )
     return part
