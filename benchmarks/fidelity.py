@@ -39,12 +39,16 @@ from icecache import IceCacheConfig
 
 Advance = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PAGING = ("mean_leaf", "pages_per_step", "fetched_per_step")
 
 
 def measure_record(
     record: KVRecord, config: IceCacheConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Errors of one recorded layer: tensors `error` and `topk_error` `[steps, heads]`, seconds."""
+    """Errors of one recorded layer: tensors `error` and `topk_error` `[steps, heads]`, seconds.
+
+    `pages_per_step` and `fetched_per_step` are of a KV head, without the step that built the tree.
+    """
     keys, values, queries = record.keys.double(), record.values.double(), record.queries.double()
     full = full_attention(queries, keys, values, record.scaling)
     topk = topk_attention(
@@ -56,14 +60,22 @@ def measure_record(
     # the tree is built by the first attend, which is none of the timed ones
     attend_steps(layer, record.queries[:1].to(dtype), record.scaling)
     built = time.perf_counter()
+    before = layer.stats()
+    begun = time.perf_counter()
     output = attend_steps(layer, record.queries.to(dtype), record.scaling)
     done = time.perf_counter()
+    after = layer.stats()
+    heads, tokens, _ = keys.shape
+    steps = heads * len(output)
     return {
         "error": relative_errors(output, full),
         "topk_error": relative_errors(topk, full),
         "build_s": built - start,
-        "attend_ms": 1e3 * (done - built) / len(output),
-        "stats": layer.stats(),
+        "attend_ms": 1e3 * (done - begun) / len(output),
+        "mean_leaf": heads * (tokens - config.sink - config.window) / max(1, after.leaves),
+        "pages_per_step": (after.pages_selected - before.pages_selected) / steps,
+        "fetched_per_step": (after.pages_fetched - before.pages_fetched) / steps,
+        "stats": after,
     }
 
 
@@ -88,6 +100,7 @@ def measure_file(
         "layer_errors": [one["error"].mean().item() for one in found],
         "tokens_attended": last.tokens_attended,
         "fill": last.fill,
+        **{name: sum(one[name] for one in found) / len(found) for name in PAGING},
         "sparse_steps": sum(one["stats"].sparse_steps for one in found),
         "dense_steps": sum(one["stats"].dense_steps for one in found),
         "build_s": sum(one["build_s"] for one in found) / len(found),

@@ -72,16 +72,15 @@ def _errors(shape: CaseShape, device: torch.device, ops: ModuleType) -> dict[str
     near = both("fixed", lambda o, c: o.attend_fixed(query, c.fixed, leaving, *asked), False)
     scores = both("score", lambda o, c: o.score(query, c.tree, leaving, *asked, 0.3)[:3], False)
     scores = twin.score(query, theirs.tree, leaving, *asked, 0.3)
-    votes = both(
-        "vote", lambda o, c: o.vote(scores, near, c.tree, shape.pages) / twin.VOTE_UNIT, False
-    )
-    votes = (votes * twin.VOTE_UNIT).long()
-    selected = both("select", lambda o, c: o.select(votes, c.tree.page_used, 100, most), True)
-    slots, missing = both("resolve", lambda o, c: o.resolve(selected, c.pages, step), True)
+    both("vote", lambda o, c: o.vote(scores, near, c.tree) / twin.VOTE_UNIT, False)
+    votes = twin.vote(scores, near, theirs.tree)
+    both("select_pages", lambda o, c: o.select_pages(votes, c.tree, 100, most), True)
+    selected = both("select", lambda o, c: o.select_leaves(votes, c.tree, 100, most), True)
+    slots, missing = both("resolve", lambda o, c: o.resolve(selected.pages, c.pages, step), True)
     both("gather", lambda o, c: (o.gather(c.pages, slots, missing), c.pages.resident)[1], True)
     exact = both(
         "pages",
-        lambda o, c: o.attend_pages(query, c.pages, selected, slots, c.tree.page_used, *asked),
+        lambda o, c: o.attend_pages(query, c.pages, selected, slots, *asked),
         False,
     )
     rest = both("rest", lambda o, c: o.attend_rest(scores, c.tree, selected), False)

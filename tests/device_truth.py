@@ -8,7 +8,7 @@ from torch import Tensor
 
 from icecache.cache.device.layer import DeviceLayer
 from icecache.ops.device.bits import has_bit
-from icecache.ops.device.records import DevicePages, DeviceTree
+from icecache.ops.device.records import DevicePages, DeviceTree, Selected
 from tests.helpers import PlainRows
 
 __all__ = ["Before", "slow_device_step"]
@@ -32,7 +32,7 @@ class Before(NamedTuple):
 def slow_device_step(
     layer: DeviceLayer, before: Before, rows: PlainRows, query: Tensor
 ) -> tuple[Tensor, list[int]]:
-    """Return what the latest step must have given for the pages that it selected.
+    """Return what the latest step must have given for the tokens that it selected.
 
     query: shape [batch, heads, 1, dim]. Returns the output and how many tokens each row attended
     exactly. Keys and values are the plain model's; only summaries come from the layer.
@@ -43,17 +43,12 @@ def slow_device_step(
     group = query.shape[1] // heads
     for row in range(len(rows.lens) * heads):
         b, head = divmod(row, heads)
-        pages = [page for page in selected[row].tolist() if page >= 0]
-        in_pages = before.pages.positions[row, pages].flatten().tolist()
+        in_pages = _positions(before, row, selected)
         in_tree = {p for p in before.pages.positions[row].flatten().tolist() if p >= 0}
         fixed = [p for p in range(rows.lens[b]) if p not in in_tree]
-        exact = fixed + [p for p in in_pages if p >= 0]
+        exact = fixed + in_pages
         assert len(set(exact)) == len(exact), "a token is attended twice"
-        leaves = [
-            leaf
-            for leaf in range(int(before.tree.num_leaves[row]))
-            if int(before.tree.leaf_page[row, leaf]) not in pages
-        ]
+        leaves = _leaves_beside(before, row, set(in_pages))
         attended.append(len(exact))
         own = slice(head * group, (head + 1) * group)
         keys, values = rows.keys[b][head, exact].float(), rows.values[b][head, exact].float()
@@ -64,6 +59,29 @@ def slow_device_step(
             out[b, i, 0] = share @ torch.cat([values, means])
     assert index is layer._held.index
     return out, attended
+
+
+def _positions(before: Before, row: int, selected: Selected) -> list[int]:
+    """Return the positions of a row's selected tokens."""
+    found = []
+    for page, tokens in zip(selected.pages[row].tolist(), selected.tokens[row]):
+        if page >= 0:
+            own = before.pages.positions[row, page]
+            found += own[has_bit(tokens, own.shape[0])].tolist()
+    assert -1 not in found, "a slot without a token is attended"
+    return found
+
+
+def _leaves_beside(before: Before, row: int, attended: set[int]) -> list[int]:
+    """Return the leaves whose tokens are not attended; none may be so in part."""
+    tree, leaves = before.tree, []
+    for leaf in range(int(tree.num_leaves[row])):
+        own = before.pages.positions[row, int(tree.leaf_page[row, leaf])]
+        tokens = set(own[has_bit(tree.leaf_slots[row, leaf], own.shape[0])].tolist())
+        assert tokens <= attended or not tokens & attended, "a leaf is attended in part"
+        if not tokens & attended:
+            leaves.append(leaf)
+    return leaves
 
 
 def _rest(

@@ -59,7 +59,7 @@ class IceCacheConfig:
         (see `IceCacheConfig.paper`).
     unit : {"leaf", "page"}, default "leaf"
         What is attended when a leaf is chosen: its tokens, or all of its page's (they count
-        against the budget).
+        against the budget). Where pages travel, ``"page"`` fetches fewer of them.
     refine_rounds : int, default 2
         Rounds that move promoted parents to the mean of their keys; 0 is the paper's promotion.
     segment_tokens : int, default 2048
@@ -82,8 +82,8 @@ class IceCacheConfig:
         Of offloaded pages: the model's dtype, or int8 codes with a scale per token, for half the
         host memory and transfers. The device path alone has it.
     device_slots : int, optional
-        Pages that a KV head keeps on the device; by default twice what a step selects at most. More
-        take device memory and save transfers.
+        Pages that a KV head keeps on the device; by default twice the most that a step takes tokens
+        from. More take device memory and save transfers.
     max_context : int, optional
         Tokens of a row that the device path makes room for at once; by default those of the prompt
         and some more. A context that outgrows its room is moved, which takes time once.

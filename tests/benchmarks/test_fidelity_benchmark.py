@@ -51,6 +51,23 @@ def test_overrides_reach_the_config_and_the_baseline(kv_folder: Path) -> None:
     assert report["rows"][0]["topk_error"] != plain["rows"][0]["topk_error"]
 
 
+def test_the_device_path_says_what_travels(kv_folder: Path) -> None:
+    """Leaves lie in more pages than whole pages do; nearly all of both are there at the next step
+    of a context of so few."""
+    rows = {}
+    for unit in ("leaf", "page"):
+        overrides = {"backend": "twin", "unit": unit}
+        rows[unit] = fidelity.run(kv_folder, [128], overrides=overrides)["rows"][0]
+    # 80 tokens beside sink and window, 16 a page, three pages for each that they fill
+    assert 5 <= rows["page"]["pages_per_step"] < rows["leaf"]["pages_per_step"] <= 15
+    assert rows["leaf"]["error"] < rows["page"]["error"]
+    for row in rows.values():
+        assert 0 < row["fetched_per_step"] < row["pages_per_step"]
+        assert 2 < row["mean_leaf"] <= 8
+    in_place = fidelity.run(kv_folder, [128])["rows"][0]
+    assert in_place["pages_per_step"] == in_place["fetched_per_step"] == 0
+
+
 def test_records_are_cut_to_the_prompt_and_spaced(kv_folder: Path, kv_shape: Any) -> None:
     records = list(read_records(kv_folder / "synthetic.safetensors", steps=2))
     assert [record.layer for record in records] == list(kv_shape.layers)

@@ -25,7 +25,8 @@ SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 16, "dtype": torch.float
         ({"leaf_size": 5}, r"leaf_size must be at most half of page_size \(8\)"),
         ({"selection": "exact"}, "selection must be 'tree' on the device path, got 'exact'"),
         ({"layer_reuse": 2}, "layer_reuse must be 1 on the device path, got 2"),
-        ({"device_slots": 3}, "device_slots must be at least the 8 pages .* got 3"),
+        ({"device_slots": 3}, "device_slots must be at least the 9 pages .* got 3"),
+        ({"device_slots": 3, "unit": "page"}, "must be at least the 8 pages .* got 3"),
         ({"page_dtype": "int8", "offload": "none"}, 'page_dtype must be "auto" with offload'),
     ],
 )
@@ -58,7 +59,8 @@ def test_all_layers_keep_their_pages_in_the_same_place(monkeypatch: pytest.Monke
     monkeypatch.setattr(device_settings, "free_device_bytes", lambda device: free[0])
     cuda = torch.device("cuda")
     choice = OffloadChoice(num_layers=10)
-    assert choice.fits(50, cuda)
+    assert not choice.would_fit(51, cuda)
+    assert choice.fits(50, cuda), "what was only asked about was not refused"
     free[0] = 500
     assert choice.fits(51, cuda)
     assert not choice.fits(60, cuda)
@@ -105,7 +107,25 @@ def test_int8_pages_are_near_the_models_own() -> None:
 
 
 def test_a_step_never_selects_more_than_it_can_hold() -> None:
-    assert most_selected(IceCacheConfig()) == 2 * 13 + 2 + 208 // 33
+    """Neither more than three pages for each that the chosen tokens would fill, nor fewer than a
+    row of no more than those may lie in."""
+    assert most_selected(IceCacheConfig(unit="page")) == 2 * 13 + 2 + 208 // 33
+    assert most_selected(IceCacheConfig()) == 3 * 13
+    assert most_selected(IceCacheConfig(budget=64)) == 2 * 1 + 2
+
+
+@pytest.mark.parametrize("unit", ["leaf", "page"])
+def test_the_unit_is_what_is_attended_of_a_page(unit: str) -> None:
+    layer = small_layer(backend="twin", unit=unit)
+    layer.prefill(*make_tokens(0, 2, 200))
+    parts = 0
+    for step in range(5):
+        layer.attend(make_query(1 + step, 2, 4))
+        pages, tokens = layer._counters._last.selected
+        used = layer._held.index.tree.page_used.gather(1, pages.clamp(min=0).long())
+        parts += int(((pages >= 0) & (tokens != used)).sum())
+        assert layer.stats().tokens_attended <= layer.config.budget
+    assert (parts > 0) == (unit == "leaf")
 
 
 def test_a_limit_of_host_memory_holds() -> None:
@@ -113,6 +133,27 @@ def test_a_limit_of_host_memory_holds() -> None:
     with pytest.raises(HostMemoryExceeded):
         layer.prefill(*make_tokens(0, 2, 200))
     assert layer.num_tokens == 0
+
+
+def test_host_memory_is_not_asked_for_where_pages_live_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit that no page would fit in, and a device that has room for all or for none."""
+    free = [1 << 40]
+    monkeypatch.setattr(device_settings, "free_device_bytes", lambda device: free[0])
+    layer = small_layer(backend="twin", offload="auto", max_host_memory=1000)
+    assert layer.estimate_bytes(2, 200) == 0
+    layer.prefill(*make_tokens(0, 2, 200))
+    assert layer.attend(make_query(1, 2, 4)).isfinite().all()
+    assert layer.stats().offload == "none" and layer.stats().host_bytes == 0
+    free[0] = 0
+    layer = small_layer(backend="twin", offload="auto", max_host_memory=1000)
+    assert layer.estimate_bytes(2, 200) > 1000
+    free[0] = 1 << 40
+    assert layer.estimate_bytes(2, 200) == 0, "what was only asked about was not refused"
+    free[0] = 0
+    with pytest.raises(HostMemoryExceeded):
+        layer.prefill(*make_tokens(0, 2, 200))
 
 
 def test_positions_are_refused() -> None:

@@ -56,6 +56,7 @@ DEVICE_VARIANTS: dict[str, dict[str, Any]] = {
     "few slots": {"offload": "host", "device_slots": 10, "budget": 20},
     "no sink, no remainder": {"sink": 0, "window": 1, "remainder": False, "budget": 12},
     "small room": {"max_context": 30, "leaf_size": 2, "leaf_target": 2},
+    "whole pages": {"unit": "page"},
 }
 # leaves of one or two tokens: a row of a few hundred has levels, and inserts raise their tops
 DEEP: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Memory of the device path: exact sizes, asked for before it is taken, moved without a loss."""
 
 import mmap
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +94,7 @@ def test_memory_is_registered_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -
     """With CUDA's two calls stood in for: their order, and what they are given."""
     calls: list[tuple[str, int]] = []
     monkeypatch.setattr(pinned, "register", lambda x: calls.append(("register", x.data_ptr())))
-    monkeypatch.setattr(pinned, "unregister", lambda address: calls.append(("let go", address)))
+    monkeypatch.setattr(pinned, "unregister", lambda address, _: calls.append(("let go", address)))
     block = PinnedBlock(4096, torch.device("cuda"))
     assert block._release is not None and not block._release.atexit
     address = block.take((16,), torch.float32).data_ptr()
@@ -105,11 +106,51 @@ def test_memory_is_registered_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -
     assert [name for name, _ in calls[2:]] == ["register", "let go"]
 
 
+def test_memory_that_is_dropped_waits_for_copies_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is closed or nothing refers to it any more."""
+    calls: list[object] = []
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda _: calls.append("let go") or 0
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    device = torch.device("cuda", 1)
+    PinnedBlock(4096, device).close()
+    assert calls == [device, "let go"]
+    PinnedBlock(4096, device)
+    assert calls == 2 * [device, "let go"]
+
+
 def test_memory_that_cuda_may_not_pin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
     with pytest.raises(HostMemoryExceeded, match=r"4,096 bytes could not be pinned.*ulimit -l"):
         PinnedBlock(4096, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+def test_memory_of_a_copy_under_way_is_not_given_away(
+    monkeypatch: pytest.MonkeyPatch, offloads: bool
+) -> None:
+    """Of pages on the device as well, whose layer may be dropped meanwhile."""
+    stream, kept = SimpleNamespace(wait_stream=lambda _: None), []
+
+    def tensor(name: str, is_cuda: bool) -> SimpleNamespace:
+        def copy(source: object, non_blocking: bool) -> None:
+            kept.append("copied")
+
+        return SimpleNamespace(
+            is_cuda=is_cuda, copy_=copy, record_stream=lambda by: kept.append((name, by))
+        )
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    outbound = Outbound(CPU)
+    monkeypatch.setattr(outbound, "_stream", stream)
+    outbound.copy(tensor("source", True), tensor("target", not offloads))
+    on_device = ["source"] if offloads else ["source", "target"]
+    assert kept == ["copied", *((name, stream) for name in on_device)]
 
 
 def test_what_was_waited_for_is_not_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,8 +59,8 @@ class LayerStats:
     offload : str
         Where pages live: ``"host"``, or ``"none"`` for the device. On a CPU it is ``"host"``.
     pages_selected, pages_fetched : int
-        Pages that all sparse steps attended exactly, and those of them that had to be brought from
-        host memory, over all rows; 0 where pages are read in place by a CPU.
+        Pages that all sparse steps attended tokens of, and those of them that had to be brought
+        from host memory, over all rows; 0 where pages are read in place.
     """
 
     phase: Phase

@@ -39,8 +39,8 @@ class PinnedBlock:
 
     Notes
     -----
-    CUDA is told to let go of the memory by `close`, or when nothing refers to the block any more;
-    its tensors must not be used by the device after that.
+    CUDA is told to let go of the memory by `close`, or when nothing refers to the block any more,
+    after a wait for what the device does by then; it must not use the tensors after that.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -55,10 +55,10 @@ class PinnedBlock:
             raise HostMemoryExceeded(num_bytes, 0) from error
         self._taken = 0
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._release: weakref.finalize[[int], PinnedBlock] | None = None
+        self._release: weakref.finalize[[int, torch.device], PinnedBlock] | None = None
         if device.type == "cuda":
             register(self._bytes)
-            self._release = weakref.finalize(self, unregister, self._bytes.data_ptr())
+            self._release = weakref.finalize(self, unregister, self._bytes.data_ptr(), device)
             # the process's end frees it, and CUDA may be gone by then
             self._release.atexit = False
 
@@ -105,6 +105,10 @@ def register(memory: Tensor) -> None:
         raise error
 
 
-def unregister(address: int) -> None:
-    """Take back `register`."""
+def unregister(address: int, device: torch.device) -> None:
+    """Take back `register`, once the device has done all that was asked of it.
+
+    Who drops the memory need not have waited: copies to it may be under way.
+    """
+    torch.cuda.synchronize(device)
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))  # type: ignore[no-untyped-call]

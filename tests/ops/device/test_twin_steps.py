@@ -15,7 +15,14 @@ from icecache.ops.device.testing import Case, CaseShape, empty_case, random_case
 SCALING = 0.2
 
 
-def step(case: Case, shape: CaseShape, number: int, room: int, softcap: float | None = None):
+def step(
+    case: Case,
+    shape: CaseShape,
+    number: int,
+    room: int,
+    softcap: float | None = None,
+    by_pages: bool = False,
+):
     """One decode step of random tokens; returns the tokens and what was attended."""
     most = 2 * math.ceil(room / shape.page_size) + 2
     tokens = torch.randn(2, shape.rows, shape.head_dim).to(shape.dtype)
@@ -23,13 +30,12 @@ def step(case: Case, shape: CaseShape, number: int, room: int, softcap: float | 
     leaving = twin.push(case.fixed, *tokens)
     fixed = twin.attend_fixed(query, case.fixed, leaving, SCALING, softcap)
     scores = twin.score(query, case.tree, leaving, SCALING, softcap, 0.0)
-    votes = twin.vote(scores, fixed, case.tree, shape.pages)
-    selected = twin.select(votes, case.tree.page_used, room, most)
-    slots, missing = twin.resolve(selected, case.pages, torch.tensor([number]))
+    votes = twin.vote(scores, fixed, case.tree)
+    select = twin.select_pages if by_pages else twin.select_leaves
+    selected = select(votes, case.tree, room, most)
+    slots, missing = twin.resolve(selected.pages, case.pages, torch.tensor([number]))
     twin.gather(case.pages, slots, missing)
-    exact = twin.attend_pages(
-        query, case.pages, selected, slots, case.tree.page_used, SCALING, softcap
-    )
+    exact = twin.attend_pages(query, case.pages, selected, slots, SCALING, softcap)
     rest = twin.attend_rest(scores, case.tree, selected)
     out = twin.combine([fixed, exact, rest], None)
     twin.insert(case.tree, case.pages, leaving, scores, shape.leaf_size)
@@ -52,9 +58,10 @@ def full_attention(query, keys, values, softcap=None):
     int8=st.booleans(),
     offload=st.booleans(),
     softcap=st.sampled_from([None, 5.0]),
+    by_pages=st.booleans(),
 )
 def test_with_room_for_all_a_trace_equals_full_attention(
-    seed, steps, page_size, leaf_size, int8, offload, softcap
+    seed, steps, page_size, leaf_size, int8, offload, softcap, by_pages
 ):
     torch.manual_seed(seed)
     shape = CaseShape(
@@ -71,7 +78,7 @@ def test_with_room_for_all_a_trace_equals_full_attention(
     case = empty_case(shape)
     kept = []
     for number in range(steps):
-        tokens, query, _, out = step(case, shape, number, room=90, softcap=softcap)
+        tokens, query, _, out = step(case, shape, number, 90, softcap, by_pages)
         kept.append(tokens)
         if number % 8 == 7:
             check_device_tree(case.tree, case.pages, leaf_size)
@@ -97,20 +104,24 @@ def test_with_room_for_all_a_trace_equals_full_attention(
     room=st.integers(1, 60),
     int8=st.booleans(),
     slots=st.integers(0, 6),
+    by_pages=st.booleans(),
 )
-def test_selected_pages_equal_the_hosts_and_fit(seed, room, int8, slots):
+def test_selected_pages_equal_the_hosts_and_fit(seed, room, int8, slots, by_pages):
     torch.manual_seed(seed)
     most = 2 * math.ceil(room / 16) + 2
     shape = CaseShape(head_dim=8, slots=most + slots, pages=25, leaves=60, int8_pages=int8)
     case = random_case(shape)
     for number in range(6):
-        held = count_bits(case.tree.page_used)
-        _, _, selected, out = step(case, shape, number, room)
+        used = case.tree.page_used.clone()
+        _, _, selected, out = step(case, shape, number, room, by_pages=by_pages)
         assert out.isfinite().all()
         check_device_tree(case.tree, case.pages, shape.leaf_size)
-        size = held.gather(1, selected.clamp(min=0).long())
-        assert (size[selected >= 0] > 0).all()
-        assert (torch.where(selected >= 0, size, 0).sum(1) <= room).all()
+        used = torch.where(
+            selected.pages >= 0, used.gather(1, selected.pages.clamp(min=0).long()), 0
+        )
+        assert torch.equal(selected.tokens & used, selected.tokens if not by_pages else used)
+        assert ((selected.tokens != 0) == (selected.pages >= 0)).all()
+        assert (count_bits(selected.tokens).sum(1) <= room).all()
 
 
 @pytest.mark.parametrize("lacking", ["leaves", "pages"])

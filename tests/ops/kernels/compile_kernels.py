@@ -45,12 +45,12 @@ def compile_all(shape: CaseShape) -> dict[str, int]:
     leaving = kernels.push(fixed, fixed.keys[:, 0], fixed.values[:, 0])
     near = kernels.attend_fixed(query, fixed, leaving, 0.1, 30.0)
     scores = kernels.score(query, tree, leaving, 0.1, 30.0, 0.0)
-    votes = kernels.vote(scores, near, tree, shape.pages)
-    selected = kernels.select(votes, tree.page_used, 200, shape.slots)
-    slots, missing = kernels.resolve(selected, pages, torch.zeros(1, dtype=torch.int32))
+    votes = kernels.vote(scores, near, tree)
+    kernels.select_pages(votes, tree, 200, shape.slots)
+    selected = kernels.select_leaves(votes, tree, 200, shape.slots)
+    slots, missing = kernels.resolve(selected.pages, pages, torch.zeros(1, dtype=torch.int32))
     kernels.gather(pages, slots, missing)
-    asked = (query, pages, selected, slots, tree.page_used, 0.1, 30.0)
-    exact = kernels.attend_pages(*asked)
+    exact = kernels.attend_pages(query, pages, selected, slots, 0.1, 30.0)
     rest = kernels.attend_rest(scores, tree, selected)
     kernels.combine([near, exact, rest], query[..., 0].float())
     kernels.insert(tree, pages, leaving, scores, shape.leaf_size)
@@ -68,9 +68,9 @@ def main() -> None:
         leaf_size=int(page_size) // 2,
         int8_pages=int8 == "int8",
         window=130,
-        leaves=1025,
+        leaves=2050,
         pages=1030,
-        slots=28,
+        slots=40,
     )
     for name, size in compile_all(shape).items():
         sys.stdout.write(f"{name} {size}\n")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from icecache.ops.device import twin
-from icecache.ops.device.records import Leaving, Part, Scores
+from icecache.ops.device.records import Leaving, Part, Scores, Selected
 from icecache.ops.device.testing import Case, CaseShape, random_case
 
 SCALING = 0.15
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     fixed: Part
     scores: Scores
     votes: Tensor
-    selected: Tensor
+    selected: Selected
     slots: Tensor
     missing: Tensor
 
@@ -45,7 +45,9 @@ def copy_of(case: Case, device: torch.device) -> Case:
     return Case(query.to(device, copy=True), fixed.to(device), tree.to(device), pages.to(device))
 
 
-def step_of(shape: CaseShape, softcap: float | None, device: torch.device) -> Step:
+def step_of(
+    shape: CaseShape, softcap: float | None, device: torch.device, by_pages: bool = False
+) -> Step:
     """Return one step of the twins as far as `gather`, after which a layer is ready to attend."""
     case = copy_of(random_case(shape), device)
     most = min(shape.slots, 2 * math.ceil(20 / shape.page_size) + 2)
@@ -59,9 +61,10 @@ def step_of(shape: CaseShape, softcap: float | None, device: torch.device) -> St
     leaving = twin.push(case.fixed, *new)
     fixed = twin.attend_fixed(case.query, case.fixed, leaving, SCALING, softcap)
     scores = twin.score(case.query, case.tree, leaving, SCALING, softcap, 0.3)
-    votes = twin.vote(scores, fixed, case.tree, shape.pages)
-    selected = twin.select(votes, case.tree.page_used, 20, most)
-    slots, missing = twin.resolve(selected, pages, torch.ones(1, dtype=torch.int32))
+    votes = twin.vote(scores, fixed, case.tree)
+    select = twin.select_pages if by_pages else twin.select_leaves
+    selected = select(votes, case.tree, 20, most)
+    slots, missing = twin.resolve(selected.pages, pages, torch.ones(1, dtype=torch.int32))
     twin.gather(pages, slots, missing)
     made = (leaving, fixed, scores, votes, selected, slots, missing)
     return Step(case, shape, softcap, new, *made)

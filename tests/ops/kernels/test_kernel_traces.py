@@ -25,9 +25,10 @@ FUZZ = settings(
     leaf_size=st.integers(2, 4),
     int8=st.booleans(),
     softcap=st.sampled_from([None, 3.0]),
+    select=st.sampled_from([kernels.select_leaves, kernels.select_pages]),
 )
 def test_with_room_for_all_a_trace_equals_full_attention(
-    device, seed, steps, leaf_size, int8, softcap
+    device, seed, steps, leaf_size, int8, softcap, select
 ):
     torch.manual_seed(seed)
     shape = CaseShape(
@@ -49,13 +50,11 @@ def test_with_room_for_all_a_trace_equals_full_attention(
         leaving = kernels.push(fixed, *kept[-1])
         near = kernels.attend_fixed(query, fixed, leaving, SCALING, softcap)
         scores = kernels.score(query, tree, leaving, SCALING, softcap, 0.0)
-        votes = kernels.vote(scores, near, tree, shape.pages)
-        selected = kernels.select(votes, tree.page_used, 60, shape.slots)
+        selected = select(kernels.vote(scores, near, tree), tree, 60, shape.slots)
         counter = torch.tensor([number], dtype=torch.int32, device=device)
-        slots, missing = kernels.resolve(selected, pages, counter)
+        slots, missing = kernels.resolve(selected.pages, pages, counter)
         kernels.gather(pages, slots, missing)
-        asked = (query, pages, selected, slots, tree.page_used, SCALING, softcap)
-        exact = kernels.attend_pages(*asked)
+        exact = kernels.attend_pages(query, pages, selected, slots, SCALING, softcap)
         rest = kernels.attend_rest(scores, tree, selected)
         out = kernels.combine([near, exact, rest], None)
         kernels.insert(tree, pages, leaving, scores, leaf_size)

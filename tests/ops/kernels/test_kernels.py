@@ -1,5 +1,6 @@
 """Each kernel against its twin, from the same layer; what is not real is NaN or nonsense."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from icecache.ops import triton as kernels
 from icecache.ops.device import twin
 from icecache.ops.device.bits import count_bits
 from icecache.ops.device.check import check_device_tree
-from icecache.ops.device.records import DevicePages, DeviceTree, Part
+from icecache.ops.device.records import DevicePages, DeviceTree, Part, Selected
 from icecache.ops.device.testing import random_case
 from icecache.ops.device.twin_insert import nearest_leaf
 
@@ -39,6 +40,10 @@ def step(request: pytest.FixtureRequest, dtype: torch.dtype, device: torch.devic
     return step_of(replace(shape, dtype=dtype), softcap, device)
 
 
+Select = Callable[[torch.Tensor, DeviceTree, int, int], Selected]
+Selects = tuple[Select, Select]
+
+
 def merged(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     return twin.combine([part], None), part.lse.logsumexp(1)
 
@@ -63,43 +68,90 @@ def test_score_and_vote(step: Step) -> None:
         assert_near(mine, theirs)
     assert_near(scores.priority_lse.logsumexp(1), step.scores.priority_lse.logsumexp(1))
     assert_same(nearest_leaf(scores), nearest_leaf(step.scores))
-    votes = kernels.vote(scores, step.fixed, tree, step.shape.pages)
+    votes = kernels.vote(scores, step.fixed, tree)
     assert_near(votes / twin.VOTE_UNIT, step.votes / twin.VOTE_UNIT)
-    assert_same(kernels.vote(scores, step.fixed, tree, step.shape.pages), votes)
+    assert_same(kernels.vote(scores, step.fixed, tree), votes)
 
 
-@pytest.mark.parametrize("room", [0, 5, 33, 10_000])
-def test_select(step_of_ints: Step, room: int) -> None:
-    step = step_of_ints
-    most = min(step.selected.shape[1] + 3, step.shape.pages + 2)
-    # many equals, among them pages without a vote
-    for votes in (step.votes, step.votes >> 33 << 33):
-        asked = (votes, step.case.tree.page_used, room, most)
-        assert_same(kernels.select(*asked), twin.select(*asked))
+SELECTS = [
+    (kernels.select_leaves, twin.select_leaves),
+    (kernels.select_pages, twin.select_pages),
+]
 
 
-@pytest.mark.parametrize("room", [9, 70])
+@pytest.mark.parametrize("selects", SELECTS, ids=["leaves", "pages"])
+@pytest.mark.parametrize("room", [0, 21, 10_000])
+def test_select(step_of_ints: Step, selects: Selects, room: int) -> None:
+    step, (ours, truth) = step_of_ints, selects
+    tree = step.case.tree
+    # the second time many equals, among them leaves without a vote
+    for votes, most in ((step.votes, step.shape.pages + 2), (step.votes >> 33 << 33, 2)):
+        expected = truth(votes, tree, room, most)
+        for mine, theirs in zip(ours(votes, tree, room, most), expected, strict=True):
+            assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("room", [9, 70, 160])
 def test_select_among_pages_of_all_sizes(room: int, device: torch.device) -> None:
     used = torch.randint(-(1 << 62), 1 << 62, (3, 45)) >> torch.randint(0, 64, (3, 45))
     used = torch.where(torch.rand(3, 45) < 0.2, 0, used).to(device)
-    # what a token is worth does not hang on the size of its page
-    votes = torch.randint(0, 1 << 34, (3, 45)).to(device) * count_bits(used)
-    expected = twin.select(votes, used, room, 11)
-    assert_same(kernels.select(votes, used, room, 11), expected)
-    # something was too large and something behind it was not
     sizes = count_bits(used)
+    tree = _leaves_of(used, torch.arange(45).expand(3, -1), used)
+    # what a token is worth does not hang on the size of its page
+    votes = torch.randint(0, 1 << 34, (3, 45)).to(device) * sizes
+    expected = twin.select_pages(votes, tree, room, 11)
+    for mine, theirs in zip(kernels.select_pages(votes, tree, room, 11), expected):
+        assert_same(mine, theirs)
+    # something was too large and something behind it was not
     best = (votes // sizes.clamp(min=1)).masked_fill(sizes == 0, -1).topk(11).indices
     assert any(
         set(row[row >= 0].tolist()) - set(first[: int((row >= 0).sum())].tolist())
-        for row, first in zip(expected, best)
+        for row, first in zip(expected.pages, best)
     )
+
+
+@pytest.mark.parametrize(("room", "most"), [(3, 2), (30, 500), (50, 9)])
+def test_select_among_many_leaves_of_all_sizes(
+    room: int, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More leaves than tiles of tiles hold, of 1 to 8 tokens, 5 a page; one row has none."""
+    monkeypatch.setattr("icecache.ops.triton.best._LEAST_TILE", 64)
+    monkeypatch.setattr("icecache.ops.triton.best._MOST_TILE", 64)
+    num = 355
+    bits = torch.randint(1, 256, (2, num))
+    bits[0] = 0
+    leaf_page = torch.stack([torch.randperm(num) // 5 for _ in range(2)])
+    # a page's leaves lie in different slots, up to the one that is the sign
+    place = torch.empty(2, num, dtype=torch.int64)
+    place.scatter_(1, leaf_page.argsort(dim=1), 8 * (torch.arange(num) % 5).repeat(2, 1))
+    leaf_slots = bits << (place + 24)
+    used = torch.zeros(2, num // 5, dtype=torch.int64).scatter_add_(1, leaf_page, leaf_slots)
+    tree = _leaves_of(leaf_slots.to(device), leaf_page, used.to(device))
+    votes = (torch.randint(0, 2000, (2, num)) << 20).to(device)
+    expected = twin.select_leaves(votes, tree, room, most)
+    for mine, theirs in zip(kernels.select_leaves(votes, tree, room, most), expected):
+        assert_same(mine, theirs)
+    taken, pages = count_bits(expected.tokens).sum(1), (expected.pages >= 0).sum(1)
+    assert int(taken[0]) == 0 < int(taken[1]) <= room
+    assert int(pages[1]) == most or most > 9 or room < 50, "the pages are what bounds"
+
+
+def _leaves_of(slots: torch.Tensor, page: torch.Tensor, used: torch.Tensor) -> DeviceTree:
+    """Return a tree whose leaves hold these slots of these pages, without summaries."""
+    num = count_bits(slots).int()
+    fields = dict.fromkeys(DeviceTree._fields, torch.zeros(1, device=slots.device))
+    page = torch.where(num > 0, page.to(num.device), 1 << 30).int()
+    own = {"num_tokens": num, "leaf_page": page, "leaf_slots": slots, "page_used": used}
+    num_leaves = torch.full((num.shape[0],), num.shape[1], dtype=torch.int32, device=num.device)
+    return DeviceTree(**{**fields, **own, "num_leaves": num_leaves})
 
 
 def test_resolve_and_gather(step: Step, device: torch.device) -> None:
     case = copy_of(random_case(step.shape), device)
     pages, other = case.pages, case.pages.to(device)
     for number in range(3):
-        wanted = step.selected.flip(1) if number == 1 else step.selected
+        wanted = step.selected.pages
+        wanted = wanted.flip(1) if number == 1 else wanted
         wanted = torch.where((wanted >= 0) & (wanted % 3 == number % 2), -1, wanted)
         counter = torch.tensor([number + 1], dtype=torch.int32, device=device)
         expected, got = (
@@ -112,9 +164,12 @@ def test_resolve_and_gather(step: Step, device: torch.device) -> None:
             assert_same(mine, theirs)
 
 
-def test_attention_to_pages_and_to_the_rest(step: Step) -> None:
+@pytest.mark.parametrize("by_pages", [False, True], ids=["leaves", "pages"])
+def test_attention_to_what_is_selected_and_to_the_rest(step: Step, by_pages: bool) -> None:
+    if by_pages:
+        step = step_of(step.shape, step.softcap, step.case.query.device, by_pages)
     tree = step.case.tree
-    asked = (step.case.query, step.case.pages, step.selected, step.slots, tree.page_used)
+    asked = (step.case.query, step.case.pages, step.selected, step.slots)
     exact = kernels.attend_pages(*asked, SCALING, step.softcap)
     expected = twin.attend_pages(*asked, SCALING, step.softcap)
     rest = kernels.attend_rest(step.scores, tree, step.selected)
@@ -152,8 +207,10 @@ def assert_layers_agree(
 
 def test_what_an_op_cannot_do_is_refused(device: torch.device) -> None:
     step = step_of(SHAPES[0], None, device)
-    with pytest.raises(InputError, match=r"votes must be contiguous, got shape .* strides"):
-        kernels.select(step.votes.mT, step.case.tree.page_used, 20, 4)
+    tree = step.case.tree
+    for select in (kernels.select_leaves, kernels.select_pages):
+        with pytest.raises(InputError, match=r"votes must be contiguous, got shape .* strides"):
+            select(step.votes.mT, tree, 20, 4)
     wide = torch.full((step.shape.rows, step.shape.slots + 1), -1, dtype=torch.int32)
     for ops in (twin, kernels):
         with pytest.raises(InputError, match="must have a slot for each of the 6 pages"):
@@ -161,5 +218,7 @@ def test_what_an_op_cannot_do_is_refused(device: torch.device) -> None:
         with pytest.raises(InputError, match="one to three parts, got 0"):
             ops.combine([], None)
     many = torch.zeros(1, (1 << 20) + 1, dtype=torch.int64)
+    with pytest.raises(InputError, match="at most 1048576 leaves, got 1048577"):
+        kernels.select_leaves(many, _leaves_of(many, many, many[:, :1]), 20, 4)
     with pytest.raises(InputError, match="at most 1048576 pages, got 1048577"):
-        kernels.select(many, many, 20, 4)
+        kernels.select_pages(many[:, :1], _leaves_of(many[:, :1], many[:, :1], many), 20, 4)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-SELECTING = {"score", "vote", "best_of_tile", "best", "resolve", "gather"}
+SELECTING = {"score", "vote", "best_of_tile", "best_of_keys", "fit_leaves"}
+SELECTING |= {"page_votes", "fit_pages", "resolve", "gather"}
 KERNELS = {"push", "fixed", "pages", "rest", "combine", "insert"} | SELECTING
 # what a block of an H100 or H200 may have
 SHARED_BYTES = 227 * 1024

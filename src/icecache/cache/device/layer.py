@@ -33,7 +33,8 @@ class DeviceLayer:
     The calls are those of `IceCacheLayer`, and mean the same. Summaries of all leaves, sink, window
     and the pages wanted lately lie on the device, all pages in pinned host memory or on the device
     too. A step has fixed shapes and does not wait for the device, so that a CUDA graph can hold it.
-    What a step chooses is pages, whatever `config.unit` says.
+    Whole pages are fetched; what is attended of them is their chosen leaves, or with
+    ``unit="page"`` all. A step touches a bounded number of them (docs/gpu.md).
 
     Parameters
     ----------
@@ -139,12 +140,12 @@ class DeviceLayer:
     ) -> Tensor:
         """Attend the latest tokens' queries to the context, as `IceCacheLayer.attend` does.
 
-        `positions` must be None: what a step attends is whole pages of its own.
+        `positions` must be None: a step attends what it selects itself.
         """
         if self._held is None or self.num_tokens == 0:
             raise InputError("attend needs tokens: call prefill or append first")
         if positions is not None:
-            raise InputError("positions must be None on the device path, where layers select pages")
+            raise InputError("positions must be None on the device path, where each layer selects")
         scaling = self.head_dim**-0.5 if scaling is None else scaling
         check_query(query, scaling, softcap, sink_logits, self.batch_size, self._expected)
         num_queries = query.shape[2]
@@ -209,7 +210,7 @@ class DeviceLayer:
     def is_steady(self) -> bool:
         """Whether the next step does what every later one does; makes room for it first."""
         index = None if self._held is None else self._held.index
-        if index is None or self._held is None or self._held.fresh is not None:
+        if index is None or self._held is None or self._held.fresh is not None or index.is_torn:
             return False
         if index.leaving is not None or not all(index.window.is_full):
             return False
@@ -247,6 +248,11 @@ class DeviceLayer:
         self._held.index.rewind(index)
         self._counters.rewind(counters)
 
+    def tear(self) -> None:
+        """Refuse all further use: what the device has done of a step is not known."""
+        if self._held is not None and self._held.index is not None:
+            self._held.index.is_torn = True
+
     def reset(self) -> None:
         """Forget the context and the counters; the memory is free again."""
         self.release()
@@ -270,8 +276,9 @@ class DeviceLayer:
         return other
 
     def estimate_bytes(self, batch: int, tokens: int) -> int:
-        """Return the host bytes that so many more tokens take."""
-        if self.config.offload == "none":
+        """Return the host bytes that so many more tokens take, 0 if pages live on the device."""
+        held = max(self.row_lens, default=0)
+        if not self._settings.will_offload(batch, held + tokens):
             return 0
         size = 1 if self.config.page_dtype == "int8" else self.dtype.itemsize
         scales = 8 if self.config.page_dtype == "int8" else 0

@@ -1,6 +1,7 @@
 """The settings of one layer on a device, and what follows from them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ __all__ = ["DeviceSettings", "OffloadChoice", "check_device_config", "most_selec
 
 _LEAST_PAGE, _MOST_PAGE = 8, 64
 _SLOTS_PER_SELECTED = 2
+_PAGES_PER_FILLED = 3
 _GROWTH_TOKENS = 4096
 _MARGIN = 64
 _ONE_BUILD = 33
@@ -62,8 +64,12 @@ class DeviceSettings(NamedTuple):
 
     def pool_shape(self, batch: int, tokens: int, leaves: int, pages: int) -> PoolShape:
         """Return the shape of a pool for rows that have so many tokens, leaves and pages."""
+        shape = self._shape(batch, tokens, leaves, pages)
+        return shape._replace(offloads=self._offloads(shape, self.choice.fits))
+
+    def _shape(self, batch: int, tokens: int, leaves: int, pages: int) -> PoolShape:
         spare_leaves, spare_pages = self.spare(tokens)
-        shape = PoolShape(
+        return PoolShape(
             rows=batch * self.heads,
             leaves=leaves + spare_leaves,
             pages=pages + spare_pages,
@@ -74,14 +80,23 @@ class DeviceSettings(NamedTuple):
             page_dtype=torch.int8 if self.config.page_dtype == "int8" else self.dtype,
             offloads=True,
         )
-        return shape._replace(offloads=self._offloads(shape))
 
-    def _offloads(self, shape: PoolShape) -> bool:
+    def will_offload(self, batch: int, tokens: int) -> bool:
+        """Say whether pages of rows of so many tokens will live in host memory; takes nothing.
+
+        A guess as long as ``offload="auto"`` has not chosen, from how full leaves and pages mostly
+        are.
+        """
+        leaves, pages = tokens / self.config.leaf_target, tokens / self.config.page_size
+        shape = self._shape(batch, tokens, math.ceil(leaves), math.ceil(pages))
+        return self._offloads(shape, self.choice.would_fit)
+
+    def _offloads(self, shape: PoolShape, fits: Callable[[int, torch.device], bool]) -> bool:
         if self.config.offload != "auto":
             return self.config.offload == "host"
         if self.config.page_dtype == "int8":
             return True
-        return not self.choice.fits(shape._replace(offloads=False).device_bytes, self.device)
+        return not fits(shape._replace(offloads=False).device_bytes, self.device)
 
 
 class OffloadChoice:
@@ -103,15 +118,21 @@ class OffloadChoice:
 
         Half of what is free is left to the model's own work.
         """
+        fits = self.would_fit(num_bytes, device)
+        if not fits:
+            self._refused.add(device)
+        elif num_bytes > self._granted.get(device, 0):
+            # layers that come later are a few leaves larger or smaller
+            self._granted[device] = num_bytes + num_bytes // 8
+        return fits
+
+    def would_fit(self, num_bytes: int, device: torch.device) -> bool:
+        """Say what `fits` would say, without consequences."""
         granted = self._granted.get(device, 0)
         if device in self._refused or num_bytes <= granted:
             return device not in self._refused
         free, held = free_device_bytes(device), self._num_layers * granted
-        if free is None or 2 * self._num_layers * num_bytes > free + held:
-            self._refused.add(device)
-        # layers that come later are a few leaves larger or smaller
-        self._granted[device] = num_bytes + num_bytes // 8
-        return device not in self._refused
+        return free is not None and 2 * self._num_layers * num_bytes <= free + held
 
     def forget(self, device: torch.device) -> None:
         """Take note that a device's layers have let go of what they held."""
@@ -122,10 +143,13 @@ class OffloadChoice:
 def most_selected(config: IceCacheConfig) -> int:
     """Return the most pages that a step selects of a row: what has room is always among them.
 
-    Pages that were full once stay half full; a build may leave one more that is not.
+    Pages that were full once stay half full; a build may leave one more that is not. Chosen leaves
+    lie in some two and a half times as many pages as they would fill.
     """
     room = config.budget - config.sink - config.window
-    return 2 * math.ceil(room / config.page_size) + 2 + room // _ONE_BUILD
+    filled = math.ceil(room / config.page_size)
+    most = 2 * filled + 2 + room // _ONE_BUILD
+    return most if config.unit == "page" else max(most, _PAGES_PER_FILLED * filled)
 
 
 def check_device_config(config: IceCacheConfig) -> None:

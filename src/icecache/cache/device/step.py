@@ -9,6 +9,7 @@ from torch import Tensor
 from icecache.cache.device.index import DeviceIndex
 from icecache.cache.device.settings import most_selected
 from icecache.ops.device.bits import count_bits
+from icecache.ops.device.records import Selected
 
 __all__ = ["Stepped", "attend_step"]
 
@@ -19,20 +20,17 @@ class Stepped(NamedTuple):
     Attributes
     ----------
     out : shape [rows, heads, head_dim], float32
-    selected : shape [rows, pages], int32. Pages attended exactly, -1 behind them.
-    used : shape [rows, pages of the layer], int64. Occupied slots, a bit each, after the step.
-    num_fixed : tokens of each batch row beside those.
+    selected : Selected
+    num_fixed : tokens of each batch row attended exactly beside those.
     """
 
     out: Tensor
-    selected: Tensor
-    used: Tensor
+    selected: Selected
     num_fixed: list[int]
 
     def num_attended(self) -> Tensor:
-        """Return the tokens attended exactly, shape [rows], int64; before the next step."""
-        pages = self.used.gather(1, self.selected.clamp(min=0).long())
-        sizes = count_bits(pages).masked_fill_(self.selected < 0, 0).sum(1)
+        """Return the tokens attended exactly, shape [rows], int64."""
+        sizes = count_bits(self.selected.tokens).sum(1)
         fixed = torch.tensor(self.num_fixed, device=sizes.device)
         return sizes + fixed.repeat_interleave(sizes.numel() // fixed.numel())
 
@@ -63,15 +61,16 @@ def attend_step(
     index.join_transfers()
     fixed = ops.attend_fixed(query, index.window.fixed, leaving, *ask)
     scores = ops.score(query, tree, leaving, *ask, settings.config.spread_weight)
-    votes = ops.vote(scores, fixed, tree, tree.page_used.shape[1])
-    selected = ops.select(votes, tree.page_used, index.room, most_selected(settings.config))
+    votes = ops.vote(scores, fixed, tree)
+    select = ops.select_leaves if settings.config.unit == "leaf" else ops.select_pages
+    selected = select(votes, tree, index.room, most_selected(settings.config))
     index.step_number.add_(1)
-    slots, missing = ops.resolve(selected, pages, index.step_number)
+    slots, missing = ops.resolve(selected.pages, pages, index.step_number)
     ops.gather(pages, slots, missing)
-    parts = [fixed, ops.attend_pages(query, pages, selected, slots, tree.page_used, *ask)]
+    parts = [fixed, ops.attend_pages(query, pages, selected, slots, *ask)]
     if settings.config.estimates_remainder:
         parts.append(ops.attend_rest(scores, tree, selected))
     out = ops.combine(parts, sink_logits)
     if index.leaving is not None:
         ops.insert(tree, pages, leaving, scores, settings.config.leaf_size)
-    return Stepped(out, selected, tree.page_used, index.num_fixed)
+    return Stepped(out, selected, index.num_fixed)

@@ -10,7 +10,7 @@ __all__ = ["Outbound", "on_device"]
 
 
 class Outbound:
-    """Copies to host memory on a stream of their own; elsewhere than on CUDA, plain copies.
+    """Copies to where pages live on a stream of their own; elsewhere than on CUDA, plain copies.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Outbound:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy to pinned memory once the current stream has computed `source`."""
+        """Copy to pinned memory, or the device's, once the current stream has computed `source`."""
         if self._stream is None:
             target.copy_(source)
             return
@@ -34,8 +34,10 @@ class Outbound:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        # the allocator must not give the memory away before the copy has read it
-        source.record_stream(self._stream)
+        # the allocator must not give memory away that the copy still reads or writes
+        for tensor in (source, target):
+            if tensor.is_cuda:
+                tensor.record_stream(self._stream)
 
     def join(self) -> None:
         """Let what the current stream does from here on see the copies."""

@@ -162,6 +162,7 @@ class ForwardPass:
             head_dim=keys.shape[3],
             dtype=keys.dtype,
             device=keys.device,
+            choice=self._managed[0].choice,
         )
         batch, heads, tokens, dim = keys.shape
         unfinished = most_unfinished() if settings.overlap else 1

@@ -84,6 +84,24 @@ class _Recorded(NamedTuple):
     replay: Callable[[], None]
 
 
+class _Counted(NamedTuple):
+    """What the host counted before a step."""
+
+    cache: IceCache
+    cores: list[DeviceLayer]
+    marks: list[object]
+    columns: int
+
+    @classmethod
+    def of(cls, cache: IceCache, cores: list[DeviceLayer]) -> "_Counted":
+        return cls(cache, cores, [core.mark() for core in cores], cache.get_seq_length())
+
+    def put_back(self) -> None:
+        for core, mark in zip(self.cores, self.marks, strict=True):
+            core.rewind(mark)
+        self.cache.forward_pass.forget(self.columns)
+
+
 class GraphStep:
     """Runs a model's decode steps from a recording, and all its other forwards as they are.
 
@@ -135,53 +153,72 @@ class GraphStep:
         # a recording must not wait for another stream, and a replay runs nothing that would
         for core in cores:
             core.join_transfers()
-        if not is_new:
-            _count_replay(cache, cores)
-        elif not self._record(cache, cores, signature, token_ids, positions):
+        logits = self._replay(cache, cores, signature if is_new else None, token_ids, positions)
+        if logits is None:
             return self.model(**inputs)
-        return self._replay(cache, token_ids, positions)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _eager(self, cache: IceCache, token_ids: Tensor, positions: Tensor) -> Any:
         logits = run_for(cache, self._decode, token_ids, positions)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _replay(self, cache: IceCache, token_ids: Tensor, positions: Tensor) -> Any:
-        assert self._recorded is not None
-        self._recorded.token_ids.copy_(token_ids)
-        self._recorded.positions.copy_(positions)
-        self._recorded.replay()
+    def _replay(
+        self,
+        cache: IceCache,
+        cores: list[DeviceLayer],
+        signature: tuple[object, ...] | None,
+        token_ids: Tensor,
+        positions: Tensor,
+    ) -> Tensor | None:
+        """Return a step's logits, None if it cannot be recorded; signature: to record it first.
+
+        The host counts before the device works. Who interrupts between the two finds the cache as
+        it was, and torn if the device may have begun.
+        """
+        before = _Counted.of(cache, cores)
+        has_begun = False
+        try:
+            if signature is None:
+                _count_replay(cache, cores)
+            else:
+                self._recorded = None
+                self._recorded = self._record(cache, signature, token_ids, positions)
+            if self._recorded is None:
+                before.put_back()
+                return None
+            self._recorded.token_ids.copy_(token_ids)
+            self._recorded.positions.copy_(positions)
+            has_begun = True
+            self._recorded.replay()
+        except BaseException:
+            if has_begun:
+                for core in cores:
+                    core.tear()
+            else:
+                before.put_back()
+            raise
         self.steps += 1
         # the next replay writes to the same place
-        logits = self._recorded.logits.clone()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return self._recorded.logits.clone()
 
     def _record(
         self,
         cache: IceCache,
-        cores: list[DeviceLayer],
         signature: tuple[object, ...],
         token_ids: Tensor,
         positions: Tensor,
-    ) -> bool:
-        """Record the next step; the host counts it now, as the replay that follows does it."""
-        marks, columns = [core.mark() for core in cores], cache.get_seq_length()
+    ) -> _Recorded | None:
+        """Record the next step; the host counts it, as the replay that follows does it."""
         inputs = token_ids.clone(), positions.clone()
-        self._recorded = None
         try:
             logits, replay = self._recorder.record(
                 lambda: run_for(cache, self._decode, *inputs, undo=False)
             )
-        except BaseException as reason:
-            for core, mark in zip(cores, marks, strict=True):
-                core.rewind(mark)
-            cache.forward_pass.forget(columns)
-            if not isinstance(reason, RuntimeError | IceCacheError):
-                raise
+        except (RuntimeError, IceCacheError) as reason:
             _LOGGER.warning("decode steps run without a CUDA graph: %s", reason)
             self._can_record = False
-            return False
-        self._recorded = _Recorded(signature, *inputs, logits, replay)
-        return True
+            return None
+        return _Recorded(signature, *inputs, logits, replay)
 
     def _signature(self, cores: list[DeviceLayer], token_ids: Tensor) -> tuple[object, ...]:
         weights = tuple(weight.data_ptr() for weight in self.model.parameters())

@@ -60,7 +60,7 @@ class ManagedLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.settings, self._threads, self._leader = settings, threads, leader
-        self._choice = choice
+        self.choice = choice
         self.core: AnyLayer | None = None
         self.num_columns = 0
         self.is_pending = False
@@ -89,7 +89,7 @@ class ManagedLayer(CacheLayerMixin):
             dtype=dtype,
             device=device,
             executor=self._threads.executor() if self.settings.overlap else None,
-            choice=self._choice,
+            choice=self.choice,
         )
         self.is_initialized = True
 

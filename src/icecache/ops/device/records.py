@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DevicePages", "DeviceTree", "Fixed", "Leaving", "Part", "Scores"]
+__all__ = ["DevicePages", "DeviceTree", "Fixed", "Leaving", "Part", "Scores", "Selected"]
 
 
 class DeviceTree(NamedTuple):
@@ -153,6 +153,19 @@ class Scores(NamedTuple):
     nearest: Tensor
     distance: Tensor
     priority_lse: Tensor
+
+
+class Selected(NamedTuple):
+    """What a step attends exactly beside sink and window: whole leaves, each in one page.
+
+    Attributes
+    ----------
+    pages : shape [R, S], int32. Distinct pages of a row; -1 where there is none.
+    tokens : shape [R, S], int64. The attended slots of each page, a bit each; 0 where none is.
+    """
+
+    pages: Tensor
+    tokens: Tensor
 
 
 class Part(NamedTuple):

@@ -1,8 +1,8 @@
 """The ops of a device's decode step in plain torch: the truth of `icecache.ops.triton`.
 
-A step is `push`, `attend_fixed`, `score`, `vote`, `select`, `resolve`, `gather`, `attend_pages`,
-`attend_rest`, `combine`, `insert`, in this order. The tree is read as it was before the step's
-insert, and the token that waits for it is attended beside sink and window.
+A step is `push`, `attend_fixed`, `score`, `vote`, `select_leaves` or `select_pages`, `resolve`,
+`gather`, `attend_pages`, `attend_rest`, `combine`, `insert`, in this order. The tree is read as it
+was before the step's insert, and the token that waits for it is attended beside sink and window.
 """
 
 import math
@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from icecache.errors import InputError
-from icecache.ops.device.bits import count_bits, has_bit
-from icecache.ops.device.records import DevicePages, DeviceTree, Fixed, Leaving, Part, Scores
+from icecache.ops.device.bits import has_bit
+from icecache.ops.device.records import (
+    DevicePages,
+    DeviceTree,
+    Fixed,
+    Leaving,
+    Part,
+    Scores,
+    Selected,
+)
 from icecache.ops.device.twin_fetch import gather, resolve
 from icecache.ops.device.twin_insert import insert
+from icecache.ops.device.twin_select import VOTE_UNIT, select_leaves, select_pages, vote
 
 __all__ = [
     "MOST_DOUBT",
@@ -30,12 +39,12 @@ __all__ = [
     "push",
     "resolve",
     "score",
-    "select",
+    "select_leaves",
+    "select_pages",
     "vote",
 ]
 
 MOST_DOUBT = 16.0
-VOTE_UNIT = 2.0**32
 
 
 def push(fixed: Fixed, new_keys: Tensor, new_values: Tensor) -> Leaving:
@@ -112,65 +121,22 @@ def score(
     return Scores(priority, estimate, doubt, nearest, distance, lse)
 
 
-def vote(scores: Scores, fixed: Part, tree: DeviceTree, num_pages: int) -> Tensor:
-    """Return how much each page deserves to be attended exactly, shape [R, num_pages], int64.
-
-    A leaf deserves its estimated share of a head's attention times its doubt, as
-    `attention.select` has it; summed over heads and the page's leaves in units of 1 / `VOTE_UNIT`.
-    """
-    total = torch.logaddexp(scores.priority_lse.logsumexp(1), fixed.lse.logsumexp(1))
-    share = torch.exp(scores.priority - total.clamp(min=-1e30)[:, :, None])
-    units = torch.floor(share * scores.doubt * VOTE_UNIT + 0.5).long().sum(1)
-    votes = torch.zeros(units.shape[0], num_pages, dtype=torch.int64, device=units.device)
-    live = tree.num_tokens > 0
-    page = torch.where(live, tree.leaf_page, 0).long()
-    return votes.scatter_add_(1, page, torch.where(live, units, 0))
-
-
-def select(votes: Tensor, page_used: Tensor, room: int, most: int) -> Tensor:
-    """Select pages by falling vote a token; of the best `most`, what still fits in `room` tokens.
-
-    Returns
-    -------
-    Tensor, shape [R, most], int32
-        Best first, the lowest page first of equals, -1 behind them. Empty pages are never taken.
-    """
-    size = count_bits(page_used)
-    worth = torch.where(size > 0, votes // size.clamp(min=1), -1)
-    num_rows, num_pages = worth.shape
-    order = worth.argsort(dim=1, descending=True, stable=True)[:, :most]
-    pages = torch.full((num_rows, most), -1, dtype=torch.int32, device=votes.device)
-    left = torch.full((num_rows,), room, device=votes.device)
-    taken = torch.zeros_like(left)
-    rows = torch.arange(num_rows, device=votes.device)
-    for i in range(min(most, num_pages)):
-        page = order[:, i]
-        fits = (worth[rows, page] >= 0) & (size[rows, page] <= left)
-        pages[rows[fits], taken[fits]] = page[fits].int()
-        left = left - torch.where(fits, size[rows, page], 0)
-        taken = taken + fits
-    return pages
-
-
 def attend_pages(
     query: Tensor,
     pages: DevicePages,
-    selected: Tensor,
+    selected: Selected,
     slots: Tensor,
-    page_used: Tensor,
     scaling: float,
     softcap: float | None,
 ) -> Part:
-    """Attend to the tokens of selected pages.
+    """Attend to the selected tokens of selected pages.
 
-    selected, slots: shape [R, S], int32, the pages and where `resolve` put them.
+    slots: shape [R, S], int32, where `resolve` put the pages.
     """
     pool = pages.host if pages.resident is None else pages.resident
-    num_rows, most = selected.shape
-    rows = torch.arange(num_rows, device=selected.device)[:, None]
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
     records = pool[rows, slots.clamp(min=0).long()]
-    used = torch.where(selected < 0, 0, page_used[rows, selected.clamp(min=0).long()])
-    real = has_bit(used, pool.shape[3]).flatten(1)
+    real = has_bit(selected.tokens, pool.shape[3]).flatten(1)
     return _attend(
         query,
         records[:, :, 0].flatten(1, 2),
@@ -181,10 +147,16 @@ def attend_pages(
     )
 
 
-def attend_rest(scores: Scores, tree: DeviceTree, selected: Tensor) -> Part:
-    """Attend to leaves of pages that are not selected, through their mean values."""
-    chosen = (tree.leaf_page[:, :, None] == selected[:, None]).any(-1)
-    live = (tree.num_tokens > 0) & ~chosen
+def attend_rest(scores: Scores, tree: DeviceTree, selected: Selected) -> Part:
+    """Attend to leaves whose tokens are not selected, through their mean values."""
+    num_rows, num_pages = tree.page_used.shape
+    live = tree.num_tokens > 0
+    # a page more, for entries that select none
+    tokens = torch.zeros(num_rows, num_pages + 1, dtype=torch.int64, device=live.device)
+    into = torch.where(selected.pages < 0, num_pages, selected.pages).long()
+    tokens.scatter_(1, into, selected.tokens)
+    of_page = tokens.gather(1, torch.where(live, tree.leaf_page, num_pages).long())
+    live = live & (of_page & tree.leaf_slots == 0)
     means = tree.value_mean.float() * tree.value_scale[..., None]
     return _weigh(scores.estimate, means, live)
 

@@ -19,7 +19,7 @@ def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor,
     Parameters
     ----------
     selected : Tensor, shape [R, S], int32
-        Distinct pages of a row, -1 behind them.
+        Distinct pages of a row, -1 where there is none.
     pages : DevicePages
         Its tables are changed; without slots there is nothing to do.
     step : Tensor, shape [1], int32

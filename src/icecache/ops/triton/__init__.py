@@ -13,7 +13,8 @@ from icecache.ops.triton.push import push
 from icecache.ops.triton.resolve import resolve
 from icecache.ops.triton.rest import attend_rest
 from icecache.ops.triton.score import score
-from icecache.ops.triton.select import select
+from icecache.ops.triton.select_leaves import select_leaves
+from icecache.ops.triton.select_pages import select_pages
 from icecache.ops.triton.vote import vote
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "push",
     "resolve",
     "score",
-    "select",
+    "select_leaves",
+    "select_pages",
     "vote",
 ]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from icecache.ops.device.records import DevicePages, Fixed, Leaving, Part
+from icecache.ops.device.records import DevicePages, Fixed, Leaving, Part, Selected
 from icecache.ops.triton.arithmetic import divisor, everywhere, safe, squash
 from icecache.ops.triton.launch import check_contiguous, num_warps, on_device_of, tile
 
@@ -49,27 +49,24 @@ def attend_fixed(
 def attend_pages(
     query: Tensor,
     pages: DevicePages,
-    selected: Tensor,
+    selected: Selected,
     slots: Tensor,
-    page_used: Tensor,
     scaling: float,
     softcap: float | None,
 ) -> Part:
     """As `twin.attend_pages`, a piece a page."""
     pool = pages.host if pages.resident is None else pages.resident
-    check_contiguous(pool=pool, selected=selected, slots=slots, page_used=page_used)
-    num_rows, most = selected.shape
+    check_contiguous(pool=pool, tokens=selected.tokens, slots=slots)
+    num_rows, most = slots.shape
     part = _empty_part(query, most)
     with on_device_of(query):
         _pages_kernel[(num_rows, most)](
             query.contiguous(),
             pool,
-            selected,
+            selected.tokens,
             slots,
-            page_used,
             *part,
             scaling,
-            page_used.shape[1],
             pool.shape[1],
             S=most,
             G=query.shape[1],
@@ -184,17 +181,15 @@ def _fixed_kernel(
     _store_piece(out, lse, i_row * tl.num_programs(1) + i_tile, b_out, b_lse, G, D, BG, BD)
 
 
-@triton.jit(do_not_specialize=["P", "C"])
+@triton.jit(do_not_specialize=["C"])
 def _pages_kernel(
     query,
     pool,
-    selected,
+    tokens,
     slots,
-    page_used,
     out,
     lse,
     scaling,
-    P,
     C,
     S: tl.constexpr,
     G: tl.constexpr,
@@ -207,11 +202,10 @@ def _pages_kernel(
     BT: tl.constexpr,
 ):
     i_row, i_page = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    page = tl.load(selected + i_row * S + i_page)
     slot = tl.load(slots + i_row * S + i_page)
-    used = tl.load(page_used + i_row * P + page, page >= 0, other=0)
+    attended = tl.load(tokens + i_row * S + i_page)
     o_token, o_dim = tl.arange(0, BT).to(tl.int64), tl.arange(0, BD)
-    m_token = (o_token < T) & ((used >> (o_token & 63)) & 1 == 1)
+    m_token = (o_token < T) & ((attended >> (o_token & 63)) & 1 == 1)
     mask = m_token[:, None] & (o_dim < D)[None, :]
     p_key = ((i_row * C + slot) * 2 * T + o_token)[:, None] * D + o_dim[None, :]
     b_key = tl.load(pool + p_key, mask, other=0.0).to(tl.float32)  # [BT, BD]

@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from icecache.ops.device.records import DeviceTree, Part, Scores
+from icecache.ops.device.records import DeviceTree, Part, Scores, Selected
 from icecache.ops.triton.arithmetic import divisor, safe
 from icecache.ops.triton.launch import check_contiguous, on_device_of, tile
 
@@ -13,14 +12,17 @@ __all__ = ["attend_rest"]
 
 _MOST_PIECES = 32
 _LEAF_TILE = 64
+# leaves times pages that are compared at a time: more would not stay in registers
+_MOST_COMPARED = 8192
 
 
-def attend_rest(scores: Scores, tree: DeviceTree, selected: Tensor) -> Part:
+def attend_rest(scores: Scores, tree: DeviceTree, selected: Selected) -> Part:
     """As `twin.attend_rest`, in at most 32 pieces of whole tiles of leaves."""
-    check_contiguous(selected=selected, value_mean=tree.value_mean)
+    check_contiguous(pages=selected.pages, tokens=selected.tokens, value_mean=tree.value_mean)
     num_rows, group, capacity = scores.estimate.shape
     dim = tree.value_mean.shape[2]
-    leaf_tile = min(_LEAF_TILE, tile(capacity))
+    page_tile = tile(selected.pages.shape[1])
+    leaf_tile = min(_LEAF_TILE, tile(capacity), max(tile(1), _MOST_COMPARED // page_tile))
     tiles = triton.cdiv(triton.cdiv(capacity, leaf_tile), _MOST_PIECES)
     pieces = triton.cdiv(capacity, tiles * leaf_tile)
     out = scores.estimate.new_empty(num_rows, pieces, group, dim)
@@ -31,18 +33,19 @@ def attend_rest(scores: Scores, tree: DeviceTree, selected: Tensor) -> Part:
             tree.value_mean,
             tree.value_scale,
             tree.leaf_page,
+            tree.leaf_slots,
             tree.num_leaves,
-            selected,
+            *selected,
             *part,
             capacity,
             tiles,
-            S=selected.shape[1],
+            S=selected.pages.shape[1],
             G=group,
             D=dim,
             BG=tile(group),
             BD=tile(dim),
             BL=leaf_tile,
-            BS=tile(selected.shape[1]),
+            BS=page_tile,
             num_warps=8,
         )
     return part
@@ -54,8 +57,10 @@ def _rest_kernel(
     value_mean,
     value_scale,
     leaf_page,
+    leaf_slots,
     num_leaves,
-    selected,
+    pages,
+    tokens,
     out,
     lse,
     L,
@@ -71,7 +76,8 @@ def _rest_kernel(
     i_row, i_piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_group, o_dim, o_page = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BS)
     m_group, m_dim = o_group < G, o_dim < D
-    page = tl.load(selected + i_row * S + o_page, o_page < S, other=-1)
+    page = tl.load(pages + i_row * S + o_page, o_page < S, other=-1)
+    attended = tl.load(tokens + i_row * S + o_page, o_page < S, other=0)
     first = i_piece * tiles * BL
     last = tl.minimum(first + tiles * BL, tl.minimum(tl.load(num_leaves + i_row), L))
     none = -float("inf")
@@ -82,8 +88,9 @@ def _rest_kernel(
         o_leaf = start + tl.arange(0, BL)
         m_leaf = o_leaf < last
         of_leaf = tl.load(leaf_page + i_row * L + o_leaf, m_leaf, other=-2)
-        chosen = tl.max(tl.where(of_leaf[:, None] == page[None, :], 1, 0), 1)
-        m_leaf = m_leaf & (chosen == 0)
+        of_page = tl.sum(tl.where(of_leaf[:, None] == page[None, :], attended[None, :], 0), 1)
+        slots = tl.load(leaf_slots + i_row * L + o_leaf, m_leaf, other=0)
+        m_leaf = m_leaf & (of_page & slots == 0)
         p_estimate = (i_row * G + o_group)[:, None] * L + o_leaf[None, :]
         b_logit = tl.load(estimate + p_estimate, m_group[:, None] & m_leaf[None, :], other=none)
         larger = tl.maximum(largest, tl.max(b_logit, 1))

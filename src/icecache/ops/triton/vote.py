@@ -1,4 +1,4 @@
-"""Vote: what each page deserves, summed in fixed point, since sums of integers have no order."""
+"""Vote: what each leaf deserves, in fixed point, since sums of integers have no order."""
 
 import torch
 import triton
@@ -15,10 +15,10 @@ __all__ = ["vote"]
 _LEAF_TILE = 256
 
 
-def vote(scores: Scores, fixed: Part, tree: DeviceTree, num_pages: int) -> Tensor:
+def vote(scores: Scores, fixed: Part, tree: DeviceTree) -> Tensor:
     """As `twin.vote`."""
     num_rows, group, capacity = scores.priority.shape
-    votes = torch.zeros(num_rows, num_pages, dtype=torch.int64, device=scores.priority.device)
+    votes = torch.empty(num_rows, capacity, dtype=torch.int64, device=scores.priority.device)
     leaf_tile = min(_LEAF_TILE, tile(capacity))
     with on_device_of(votes):
         _vote_kernel[(num_rows, triton.cdiv(capacity, leaf_tile))](
@@ -26,11 +26,9 @@ def vote(scores: Scores, fixed: Part, tree: DeviceTree, num_pages: int) -> Tenso
             scores.doubt,
             scores.priority_lse,
             fixed.lse,
-            tree.leaf_page,
             tree.num_leaves,
             votes,
             capacity,
-            num_pages,
             scores.priority_lse.shape[1],
             fixed.lse.shape[1],
             G=group,
@@ -43,17 +41,15 @@ def vote(scores: Scores, fixed: Part, tree: DeviceTree, num_pages: int) -> Tenso
     return votes
 
 
-@triton.jit(do_not_specialize=["L", "P", "N", "F"])
+@triton.jit(do_not_specialize=["L", "N", "F"])
 def _vote_kernel(
     priority,
     doubt,
     priority_lse,
     fixed_lse,
-    leaf_page,
     num_leaves,
     votes,
     L,
-    P,
     N,
     F,
     G: tl.constexpr,
@@ -84,5 +80,4 @@ def _vote_kernel(
     b_doubt = tl.load(doubt + p_score, mask, other=0.0)
     worth = tl.exp(b_priority - total[:, None]) * b_doubt
     units = tl.sum(tl.floor(worth * UNIT + 0.5).to(tl.int64), 0)
-    page = tl.load(leaf_page + i_row * L + o_leaf, m_leaf, other=0)
-    tl.atomic_add(votes + i_row * P + page, units, m_leaf & (units > 0), sem="relaxed")
+    tl.store(votes + i_row * L + o_leaf, tl.where(m_leaf, units, 0), o_leaf < L)
