@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icecache.errors import IntegrityError
+from icecache.store.page_table import PageTable
 from icecache.store.pool import PagePool
 from tests.helpers import rng
 
@@ -177,3 +178,16 @@ def test_check_integrity_notices(how: str) -> None:
         held = [[first]]
     with pytest.raises(IntegrityError):
         pool.check_integrity(held)
+
+
+def test_a_row_grows_by_a_64th_of_its_pages() -> None:
+    pool = PagePool(PAGE, DIM, torch.float32)
+    table = PageTable(pool, 2)
+    for held, more in ((0, 1), (1, 1), (126, 1), (128, 2), (510, 7)):
+        have = int(table.num_pages[0])
+        table.hold(0, pool.allocate(held - have), [0] * (held - have))
+        table.grow(0)
+        assert table.num_pages.tolist() == [held + more, 0]
+        assert table.free[0, held : held + more].tolist() == [PAGE] * more
+        assert pool.num_pages == held + more
+        assert table.fullest_with(0, PAGE) >= held

@@ -7,17 +7,16 @@ slower for as long as it lives. So what works beside the model makes no team.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Thread
+from typing import ClassVar
 
 import torch
 
-from icecache.errors import BackendUnavailable
-from icecache.ops import native
-
-__all__ = ["SoloThreads", "work_alone"]
+__all__ = ["SoloThreads"]
 
 
 class SoloThreads(ThreadPoolExecutor):
-    """A pool whose threads share no op among several cores.
+    """A pool whose threads share no torch op among several cores.
 
     Parameters
     ----------
@@ -26,19 +25,18 @@ class SoloThreads(ThreadPoolExecutor):
         What the threads' names begin with.
     """
 
+    _lock: ClassVar[Lock] = Lock()
+
     def __init__(self, workers: int, name: str) -> None:
-        super().__init__(workers, thread_name_prefix=name, initializer=work_alone)
+        super().__init__(workers, thread_name_prefix=name, initializer=self._work_alone)
 
-
-def work_alone() -> None:
-    """Let the calling thread run its ops by itself, without a team of threads.
-
-    Does nothing where the compiled ops are not installed, or torch's threads are not OpenMP's.
-    """
-    # a thread's first look at torch's setting overwrites what was set before
-    torch.get_num_threads()
-    try:
-        library = native.load()
-    except BackendUnavailable:
-        return
-    library.icecache_work_alone()
+    @classmethod
+    def _work_alone(cls) -> None:
+        with cls._lock:
+            # a new thread's number is the one that torch was told last
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            # that was also said for all threads to come: a thread that ends at once takes it back
+            other = Thread(target=torch.set_num_threads, args=(threads,))
+            other.start()
+            other.join()
