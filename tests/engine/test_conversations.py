@@ -189,7 +189,12 @@ def test_a_full_disk_costs_the_conversation_and_nothing_else(
         first = run(engine, prompt(0, 300))
         engine.rest()
         engine._store._collect(wait=True)
-        assert engine.stats().disk_failures == 1
+        failures = engine.stats().disk_failures
+        assert failures > 0
+        # for a minute nothing more is tried
+        engine.rest()
+        engine._store._collect(wait=True)
+        assert engine.stats().disk_failures == failures
         # it is still in memory
         assert run(engine, [*first.prompt, *first.answer, 5]).num_cached == 307
 
