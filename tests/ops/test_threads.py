@@ -51,6 +51,12 @@ def test_a_thread_beside_the_model_makes_no_team(module: str, name: str, make: s
     assert _count(module, name, make) == [1, 1, 3, 3]
 
 
+def test_work_done_once_leaves_no_thread() -> None:
+    make = "in_solo_thread(lambda: (multiply(), ThreadPoolExecutor(1))[1])"
+    # the thread counted is that of the pool that is handed on
+    assert _count("icecache.ops.threads", "in_solo_thread", make)[1] == 3
+
+
 def test_other_threads_do_make_one() -> None:
     # what the test above would see if nothing were done about it
     found = _count("concurrent.futures", "ThreadPoolExecutor", "ThreadPoolExecutor(1)")

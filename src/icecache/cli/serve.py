@@ -12,6 +12,7 @@ from icecache.cli.options import with_config_options
 from icecache.config import IceCacheConfig
 from icecache.errors import BackendUnavailable, InputError
 from icecache.integrations.embedded import EMBEDDED, load
+from icecache.ops.threads import in_solo_thread
 
 __all__ = ["serve"]
 
@@ -76,7 +77,7 @@ def serve(
         max_disk=parse_bytes("--max-disk", max_disk),
         forget_seconds=forget_seconds,
     )
-    loaded, tokenizer = load(model, dtype)
+    loaded, tokenizer = in_solo_thread(lambda: load(model, dtype))
     served = name or (EMBEDDED if model == EMBEDDED else Path(model).resolve().name)
     app = ServeSettings(model_name=served, api_key=api_key)
     console = Console(stderr=True)

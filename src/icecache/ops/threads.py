@@ -6,13 +6,16 @@ product: one thread that once shared a torch op with others makes each op of the
 slower for as long as it lives. So what works beside the model makes no team.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock, Thread
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
-__all__ = ["SoloThreads"]
+__all__ = ["SoloThreads", "in_solo_thread"]
+
+T = TypeVar("T")
 
 
 class SoloThreads(ThreadPoolExecutor):
@@ -40,3 +43,12 @@ class SoloThreads(ThreadPoolExecutor):
             other = Thread(target=torch.set_num_threads, args=(threads,))
             other.start()
             other.join()
+
+
+def in_solo_thread(task: Callable[[], T]) -> T:
+    """Run a task in a thread of its own, which makes no team and ends with it.
+
+    For work before the model's own thread begins, which would leave a team behind.
+    """
+    with SoloThreads(1, "icecache-once") as pool:
+        return pool.submit(task).result()
