@@ -51,10 +51,10 @@ def test_a_thread_beside_the_model_makes_no_team(module: str, name: str, make: s
     assert _count(module, name, make) == [1, 1, 3, 3]
 
 
-def test_work_done_once_leaves_no_thread() -> None:
-    make = "in_solo_thread(lambda: (multiply(), ThreadPoolExecutor(1))[1])"
-    # the thread counted is that of the pool that is handed on
-    assert _count("icecache.ops.threads", "in_solo_thread", make)[1] == 3
+def test_a_thread_that_works_alone_leaves_others_as_they_were() -> None:
+    # the pool's thread makes a team of three, the main thread's is one now
+    make = "work_alone() or ThreadPoolExecutor(1)"
+    assert _count("icecache.ops.threads", "work_alone", make) == [3, 3, 1, 3]
 
 
 def test_other_threads_do_make_one() -> None:

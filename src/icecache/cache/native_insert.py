@@ -83,7 +83,10 @@ def provide(answer: Answer, row: int, tree: Tree, pool: PagePool, pages: PageTab
     if answer.status == _NEEDS_PAGE:
         pages.grow(row)
     elif answer.status == _NEEDS_COPY:
-        pages.replace(row, answer.page, pool.copy_page(int(pages.page_of[row, answer.page])))
+        # another row may have taken its copy meanwhile, and left this one alone with the page
+        shared = int(pages.page_of[row, answer.page])
+        if pool.is_shared(shared):
+            pages.replace(row, answer.page, pool.copy_page(shared))
     elif answer.status == _NEEDS_ROOM:
         tree.reserve_growth()
     else:

@@ -12,7 +12,7 @@ from icecache.cli.options import with_config_options
 from icecache.config import IceCacheConfig
 from icecache.errors import BackendUnavailable, InputError
 from icecache.integrations.embedded import EMBEDDED, load
-from icecache.ops.threads import in_solo_thread
+from icecache.ops.threads import work_alone
 
 __all__ = ["serve"]
 
@@ -77,7 +77,9 @@ def serve(
         max_disk=parse_bytes("--max-disk", max_disk),
         forget_seconds=forget_seconds,
     )
-    loaded, tokenizer = in_solo_thread(lambda: load(model, dtype))
+    # a team of this thread would stay, and the one of the thread that serves would sleep
+    work_alone()
+    loaded, tokenizer = load(model, dtype)
     served = name or (EMBEDDED if model == EMBEDDED else Path(model).resolve().name)
     app = ServeSettings(model_name=served, api_key=api_key)
     console = Console(stderr=True)

@@ -6,16 +6,13 @@ product: one thread that once shared a torch op with others makes each op of the
 slower for as long as it lives. So what works beside the model makes no team.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock, Thread
-from typing import ClassVar, TypeVar
+from threading import Event, Lock, Thread
+from typing import ClassVar
 
 import torch
 
-__all__ = ["SoloThreads", "in_solo_thread"]
-
-T = TypeVar("T")
+__all__ = ["SoloThreads", "work_alone"]
 
 
 class SoloThreads(ThreadPoolExecutor):
@@ -31,24 +28,31 @@ class SoloThreads(ThreadPoolExecutor):
     _lock: ClassVar[Lock] = Lock()
 
     def __init__(self, workers: int, name: str) -> None:
-        super().__init__(workers, thread_name_prefix=name, initializer=self._work_alone)
+        super().__init__(workers, thread_name_prefix=name, initializer=self._start)
 
     @classmethod
-    def _work_alone(cls) -> None:
+    def _start(cls) -> None:
         with cls._lock:
-            # a new thread's number is the one that torch was told last
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            # that was also said for all threads to come: a thread that ends at once takes it back
-            other = Thread(target=torch.set_num_threads, args=(threads,))
-            other.start()
-            other.join()
+            work_alone()
 
 
-def in_solo_thread(task: Callable[[], T]) -> T:
-    """Run a task in a thread of its own, which makes no team and ends with it.
+def work_alone() -> None:
+    """Let the calling thread run torch's ops by itself from here on, and other threads as before.
 
-    For work before the model's own thread begins, which would leave a team behind.
+    A thread that asks torch for the first time within these microseconds works alone too.
     """
-    with SoloThreads(1, "icecache-once") as pool:
-        return pool.submit(task).result()
+    # a new thread's number is the one that torch was told last
+    threads, is_told = torch.get_num_threads(), Event()
+
+    def take_back() -> None:
+        is_told.wait()
+        torch.set_num_threads(threads)
+
+    # what is set below also holds for all threads to come, until one that ends at once takes it back
+    other = Thread(target=take_back, daemon=True)
+    other.start()
+    try:
+        torch.set_num_threads(1)
+    finally:
+        is_told.set()
+        other.join()

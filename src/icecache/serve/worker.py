@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icecache.config import IceCacheConfig
 from icecache.engine import Engine, EngineSettings, Finish, Output, Sampling
 from icecache.errors import IceCacheError, InputError
-from icecache.ops.threads import in_solo_thread
 from icecache.serve.job import Event, Job, Wish
 from icecache.serve.live import figures
 from icecache.serve.metrics import Metrics
@@ -59,9 +57,7 @@ class Worker:
     ) -> None:
         check_tokenizer(tokenizer)
         self._tokenizer, self._metrics, self._most_tokens = tokenizer, metrics, most_tokens
-        make = partial(Engine, model, engine_settings, cache, decode=self._decode)
-        # the threads that a forward here would share stay, and those of the steps would sleep
-        self._engine = in_solo_thread(make)
+        self._engine = Engine(model, engine_settings, cache, decode=self._decode)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._is_alive = True

@@ -104,10 +104,12 @@ static int attend(Decode *d) {
 
 /* Let the leaving token of every row that waits enter the tree; rows share nothing that changes. */
 static int enter(Decode *d) {
-    int64_t failed = 0, rows = d->shape.rows;
+    int64_t failed = 0, rows = d->shape.rows, waiting = 0;
+    for (int64_t row = 0; row < rows; row++) waiting += d->answers[row].status == WAITS;
+    /* all threads or none: a smaller team would end those that it does not need */
 #if defined(_OPENMP)
-    int64_t threads = d->threads < rows ? d->threads : rows;
-#pragma omp parallel for num_threads((int)threads) if (threads > 1) reduction(+ : failed)
+#pragma omp parallel for num_threads((int)d->threads) if (d->threads > 1 && waiting > 1) \
+    reduction(+ : failed)
 #endif
     for (int64_t row = 0; row < rows; row++)
         if (d->answers[row].status == WAITS)

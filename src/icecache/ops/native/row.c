@@ -200,7 +200,8 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 static int64_t most_selected(const Shape *s) { return s->room > 0 ? s->room : 0; }
 
 int64_t icecache_room_bytes(const Shape *s, int64_t entries, int64_t fixed) {
-    int64_t floats = s->heads * (fixed + most_selected(s) + 1) + num_blocks(entries) * s->heads * s->dim;
+    int64_t sums = num_blocks(entries) * s->heads * s->dim;
+    int64_t floats = s->heads * (fixed + most_selected(s) + 1) + sums;
     return aligned(icecache_found_bytes(entries, s->heads) +
                    most_selected(s) * (int64_t)sizeof(int64_t) + floats * (int64_t)sizeof(float));
 }

@@ -31,7 +31,7 @@ void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads);
 void icecache_find_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
                           const float *fixed_lse, const float *log_of, Found *f);
 
-/* Score some of them; which, and how many at a time, makes no difference. */
+/* Score some of them, from a multiple of DOTS behind the first on: then a part is as the whole. */
 void icecache_score_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
                            const float *log_of, int64_t from, int64_t num, Found *f);
 

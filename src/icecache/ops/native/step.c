@@ -17,7 +17,6 @@
 #define LEAST_ENTRIES 1024
 /* Of one row: from which on threads share it rather than wait for the one that has it. */
 #define LEAST_SHARED 4096
-#define MOST_THREADS 64
 
 static int64_t this_thread(void) {
 #if defined(_OPENMP)
@@ -30,8 +29,8 @@ static int64_t this_thread(void) {
 /* Rows by the threads that are at hand: each a row, and all together those that are left over. */
 typedef struct {
     Step step;
-    Room *rooms; /* of each thread; later of each row that is shared */
-    int64_t alone, shared, blocks, nodes, leaves, failed;
+    Room *rooms; /* [num_rooms], of rows where there is one for each, else of threads */
+    int64_t num_rooms, alone, shared, blocks, nodes, leaves, failed;
 } Work;
 
 static void count(Work *w, const Room *room) {
@@ -52,10 +51,12 @@ static void fail(Work *w) {
     w->failed++;
 }
 
-static void attend_row(Work *w, int64_t row, Room *room) {
+static void attend_row(Work *w, int64_t row) {
+    Room *room = w->rooms + (w->num_rooms < w->step.shape->rows ? this_thread() : row);
     icecache_begin_row(&w->step, row, room);
     int64_t blocks = num_blocks(room->found.num);
-    for (int64_t block = 0; block < blocks; block++) icecache_score_block(&w->step, row, block, room);
+    for (int64_t block = 0; block < blocks; block++)
+        icecache_score_block(&w->step, row, block, room);
     count(w, room);
     if (icecache_select_row(&w->step, row, room)) {
         fail(w);
@@ -112,7 +113,7 @@ static void attend_rows(Work *w, int64_t threads) {
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic)
 #endif
-        for (int64_t row = 0; row < w->alone; row++) attend_row(w, row, w->rooms + this_thread());
+        for (int64_t row = 0; row < w->alone; row++) attend_row(w, row);
         if (w->shared) attend_shared(w);
     }
 }
@@ -127,13 +128,14 @@ static int64_t most_fixed(const Step *step) {
     return most;
 }
 
-/* Rooms in one piece of memory, to be freed; null without memory. */
-static char *make_rooms(const Step *step, int64_t entries, int64_t num, Room *rooms) {
+/* All rooms in one piece of memory, to be freed; null without memory. */
+static Room *make_rooms(const Step *step, int64_t entries, int64_t num) {
     int64_t fixed = most_fixed(step), bytes = icecache_room_bytes(step->shape, entries, fixed);
-    char *memory = malloc((size_t)(bytes * num));
-    for (int64_t i = 0; memory && i < num; i++)
-        icecache_make_room(step->shape, entries, fixed, memory + i * bytes, rooms + i);
-    return memory;
+    int64_t listed = (num * (int64_t)sizeof(Room) + 63) & ~(int64_t)63;
+    Room *rooms = malloc((size_t)(listed + bytes * num));
+    for (int64_t i = 0; rooms && i < num; i++)
+        icecache_make_room(step->shape, entries, fixed, (char *)rooms + listed + i * bytes, rooms + i);
+    return rooms;
 }
 
 EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
@@ -142,20 +144,18 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
     if (!tree)
         return icecache_dense_step(s, segments, num_segments, query, sink_logits, threads, result);
     int64_t entries = icecache_most_entries(s, tree);
+    /* all threads or one: a smaller team would end those that it does not need */
     if (entries * s->rows < LEAST_ENTRIES) threads = 1;
-    if (entries < LEAST_SHARED && threads > s->rows) threads = s->rows;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    Room rooms[MOST_THREADS];
     Work w = {.step = {s, tree, pages, segments, num_segments, query, sink_logits, {0}, result},
-              .rooms = rooms,
+              .num_rooms = threads < s->rows ? threads : s->rows,
               .shared = entries < LEAST_SHARED ? 0 : s->rows % threads,
               .blocks = num_blocks(entries)};
     w.alone = s->rows - w.shared;
     for (int64_t i = 1; i <= s->leaf_size && i < 256; i++) w.step.log_of[i] = logf((float)i);
-    char *memory = make_rooms(&w.step, entries, w.alone ? threads : w.shared, rooms);
-    if (!memory) return -1;
+    w.rooms = make_rooms(&w.step, entries, w.num_rooms);
+    if (!w.rooms) return -1;
     attend_rows(&w, threads);
-    free(memory);
+    free(w.rooms);
     result->nodes_scored = w.nodes;
     result->leaves_scored = w.leaves;
     return w.failed ? -1 : 0;
