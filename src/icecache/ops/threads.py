@@ -48,7 +48,7 @@ def work_alone() -> None:
         is_told.wait()
         torch.set_num_threads(threads)
 
-    # what is set below also holds for all threads to come, until one that ends at once takes it back
+    # what is set below holds for all threads to come, until one that ends at once takes it back
     other = Thread(target=take_back, daemon=True)
     other.start()
     try:

@@ -41,8 +41,9 @@ void icecache_choose_leaves(const Shape *s, Found *f);
 /* Name all leaves of a row, and choose none. */
 void icecache_name_leaves(const Tree *t, int64_t row, Found *f);
 
-/* Once all leaves are scored: take the tokens at `wanted`, [room], -1 where there is none, and leave the rest of
- * their leaves. Writes each key's element in the pool; returns their number, -1 without memory. */
+/* Once all leaves are scored: take the tokens at `wanted`, [room], -1 where there is none, and leave
+ * the rest of their leaves. Writes each key's element in the pool; returns their number, -1 without
+ * memory. */
 int64_t icecache_take_given(const Shape *s, const Tree *t, const Pages *p, int64_t row,
                             const int32_t *wanted, Found *f, int64_t *token);
 

@@ -134,7 +134,8 @@ static Room *make_rooms(const Step *step, int64_t entries, int64_t num) {
     int64_t listed = (num * (int64_t)sizeof(Room) + 63) & ~(int64_t)63;
     Room *rooms = malloc((size_t)(listed + bytes * num));
     for (int64_t i = 0; rooms && i < num; i++)
-        icecache_make_room(step->shape, entries, fixed, (char *)rooms + listed + i * bytes, rooms + i);
+        icecache_make_room(step->shape, entries, fixed, (char *)rooms + listed + i * bytes,
+                           rooms + i);
     return rooms;
 }
 
