@@ -15,7 +15,7 @@ setup(
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
                     *("search", "given", "row", "step", "dense", "decode", "path"),
-                    *("grow", "insert", "group", "pack", "fill", "products"),
+                    *("grow", "insert", "group", "pack", "fill", "products", "distances"),
                 )
             ],
             depends=[

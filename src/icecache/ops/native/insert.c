@@ -186,6 +186,37 @@ CLONES static int32_t settle(const Shape *s, Tree *t, const Taking *k, Scratch *
     return added;
 }
 
+/* Ask for what the token's leaf, its page and the nodes above it take to be brought up to date: none
+ * of it was on the way down. */
+static void expect(const Shape *s, const Tree *t, const Pages *p, const Taking *k) {
+    int64_t at = k->row * p->capacity, slot_bytes = (s->page_size + 7) / 8;
+    prefetch(t->page + k->leaf, 4);
+    prefetch(t->slots + k->leaf * slot_bytes, slot_bytes);
+    for (int64_t level = 0; level < k->top; level++) {
+        const Level *of = t->level + level, *above = of + 1;
+        int64_t first = k->row * of->capacity, size = level ? 4 : 1;
+        int32_t id = above->first[k->row * above->capacity + k->path[level + 1]];
+        for (; id >= 0; id = of->next[first + id]) {
+            prefetch(of->value_mean + (first + id) * s->dim, s->dim);
+            prefetch(of->value_scale + first + id, 2);
+            prefetch(of->spread + first + id, 2);
+            prefetch((const char *)of->count + (first + id) * size, size);
+        }
+    }
+    int64_t page = t->page[k->leaf], bytes = s->dim * element_size(s);
+    prefetch(p->free + at + page, 1);
+    prefetch(p->before + at + page, 4);
+    prefetch(p->after + at + page, 4);
+    int64_t pool = p->page_of[at + page];
+    prefetch(p->holders + pool, 4);
+    prefetch(p->positions + pool * s->page_size, 4 * s->page_size);
+    uint8_t slot[256];
+    for (int64_t m = slots_of(s, t, k->leaf, slot) - 1; m >= 0; m--)
+        for (int64_t half = 0; half < 2; half++)
+            prefetch((const char *)p->data +
+                         key_of(s, pool, slot[m] + half * s->page_size) * element_size(s), bytes);
+}
+
 static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens, int64_t index,
                            Scratch *x) {
     int64_t row = tokens->row[index];
@@ -201,6 +232,7 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *toke
         place(s, t, k.leaf, k.page, 0, 0);
     }
     k.leaf += k.path[0];
+    expect(s, t, p, &k);
     k.page = t->page[k.leaf];
     if (p->holders[pool_page(p, row, k.page)] != 1) return (Answer){NEEDS_COPY, (int32_t)k.page};
     read_members(s, t, p, tokens, index, &k, x);

@@ -1,12 +1,13 @@
 /* The way to the nearest leaf; the plain twin is tree/insert.py (find_path). */
-#include <math.h>
 #include <stdint.h>
 
 #include "grow.h"
 #include "layer.h"
+#include "products.h"
 #include "vector.h"
 
 #define BEAM 16
+#define MOST_FOUND (BEAM * MOST_MEMBERS)
 
 typedef struct {
     int32_t id[BEAM], from[BEAM];
@@ -14,71 +15,88 @@ typedef struct {
     int64_t num;
 } Beam;
 
-/* Keep a candidate if it is among the `most` nearest; the first of equals stays ahead. */
-static void offer(Beam *beam, int64_t most, float distance, int32_t id, int32_t from) {
-    int64_t at = beam->num;
-    if (at == most && !(distance < beam->distance[most - 1])) return;
-    if (at == most) at--;
-    else beam->num++;
-    for (; at > 0 && distance < beam->distance[at - 1]; at--) {
-        beam->id[at] = beam->id[at - 1];
-        beam->from[at] = beam->from[at - 1];
-        beam->distance[at] = beam->distance[at - 1];
+/* What may be on the way at one level: of the top a block of all, below it the children of a beam. */
+typedef struct {
+    int32_t id[MOST_FOUND], from[MOST_FOUND];
+    float distance[MOST_FOUND];
+    int64_t num;
+} Found;
+
+/* Keep the `most` nearest so far, nearest first; the first of equals stays ahead. */
+static void keep_nearest(const Found *found, int64_t most, Beam *beam) {
+    for (int64_t i = 0; i < found->num; i++) {
+        float distance = found->distance[i];
+        int64_t at = beam->num;
+        if (at == most && !(distance < beam->distance[most - 1])) continue;
+        if (at == most) at--;
+        else beam->num++;
+        for (; at > 0 && distance < beam->distance[at - 1]; at--) {
+            beam->id[at] = beam->id[at - 1];
+            beam->from[at] = beam->from[at - 1];
+            beam->distance[at] = beam->distance[at - 1];
+        }
+        beam->id[at] = found->id[i];
+        beam->from[at] = found->from[i];
+        beam->distance[at] = distance;
     }
-    beam->id[at] = id;
-    beam->from[at] = from;
-    beam->distance[at] = distance;
 }
 
-/* Ask for the children of all that a beam holds; they lie in many places. */
-static void expect_children(const Beam *beam, const Level *of, const Level *below, int64_t row,
-                            int64_t dim) {
+/* List the children of all that a beam holds, and ask for their summaries: they lie in many places. */
+static void find_children(const Beam *beam, const Level *of, const Level *below, int64_t row,
+                          int64_t dim, Found *found) {
     const int32_t *first = of->first + row * of->capacity;
-    int64_t row_below = row * below->capacity;
-    for (int64_t b = 0; b < beam->num; b++) prefetch(below->next + row_below + first[beam->id[b]], 4);
-    for (int64_t b = 0; b < beam->num; b++)
-        for (int32_t id = first[beam->id[b]]; id >= 0; id = below->next[row_below + id]) {
-            prefetch(below->key_mean + (row_below + id) * dim, dim);
-            prefetch(below->key_scale + row_below + id, 2);
+    int64_t start = row * below->capacity;
+    const int32_t *next = below->next + start;
+    for (int64_t b = 0; b < beam->num; b++) prefetch(next + first[beam->id[b]], 4);
+    found->num = 0;
+    for (int32_t b = 0; b < beam->num; b++)
+        for (int32_t id = first[beam->id[b]]; id >= 0; id = next[id]) {
+            prefetch(below->key_mean + (start + id) * dim, dim);
+            prefetch(below->key_scale + start + id, 2);
+            found->id[found->num] = id;
+            found->from[found->num++] = b;
         }
 }
 
-static inline void distance_of(int64_t dim, const Level *level, int64_t at, const float *point,
-                               float *distance) {
-    _Alignas(64) float mean[MAX_DIM];
-    float scale = from_bfloat16(level->key_scale[at]);
-    from_int8(level->key_mean + at * dim, mean, dim);
-    *distance = scale * (0.5f * scale * dot(mean, mean, dim) - dot(mean, point, dim));
+static void measure(const Level *level, int64_t row, const float *point, int64_t dim,
+                    Found *found) {
+    int64_t start = row * level->capacity;
+    icecache_distances(dim, point, level->key_mean + start * dim, level->key_scale + start,
+                       found->id, found->num, found->distance);
 }
 
-static inline float distance_to(const Level *level, int64_t at, const float *point, int64_t dim) {
-    float distance;
-    BY_DIM(dim, distance_of, level, at, point, &distance)
-    return distance;
+/* The nearest of the top, a block after the other. */
+static void search_top(const Level *top, int64_t row, const float *point, int64_t dim,
+                       int64_t most, Found *found, Beam *beam) {
+    for (int32_t from = 0; from < top->num[row]; from += MOST_FOUND) {
+        int32_t left = top->num[row] - from;
+        found->num = left < MOST_FOUND ? left : MOST_FOUND;
+        for (int32_t i = 0; i < found->num; i++) {
+            found->id[i] = from + i;
+            found->from[i] = -1;
+        }
+        measure(top, row, point, dim, found);
+        keep_nearest(found, most, beam);
+    }
 }
 
-/* Find the leaf nearest to a point, counted from the row's centre, from the top down: path[level] is its ancestor, path[0] the leaf or -1. */
-CLONES static int64_t descend(const Shape *s, const Tree *t, int64_t row, const float *point,
-                                int32_t *path) {
+int64_t icecache_find_path(const Shape *s, const Tree *t, int64_t row, const float *point,
+                           int32_t *path) {
     Beam beam[MOST_LEVELS];
+    Found found;
     int64_t top = 0;
     while (top + 1 < t->num_levels && t->level[top + 1].num[row] > 0) top++;
     for (int64_t level = top; level >= 0; level--) {
         const Level *of = t->level + level;
-        int64_t first = row * of->capacity, most = level ? BEAM : 1;
-        Beam *found = beam + level, *above = found + 1;
-        found->num = 0;
+        int64_t most = level ? BEAM : 1;
+        beam[level].num = 0;
         if (level == top) {
-            for (int32_t id = 0; id < of->num[row]; id++)
-                offer(found, most, distance_to(of, first + id, point, s->dim), id, -1);
+            search_top(of, row, point, s->dim, most, &found, beam + level);
             continue;
         }
-        expect_children(above, of + 1, of, row, s->dim);
-        for (int32_t b = 0; b < above->num; b++) {
-            int32_t id = t->level[level + 1].first[row * t->level[level + 1].capacity + above->id[b]];
-            for (; id >= 0; id = of->next[first + id])
-                offer(found, most, distance_to(of, first + id, point, s->dim), id, b);
-        }
+        find_children(beam + level + 1, of + 1, of, row, s->dim, &found);
+        measure(of, row, point, s->dim, &found);
+        keep_nearest(&found, most, beam + level);
     }
     int32_t at = 0;
     for (int64_t level = 0; level <= top; level++) {
@@ -86,9 +104,4 @@ CLONES static int64_t descend(const Shape *s, const Tree *t, int64_t row, const 
         at = beam[level].num ? beam[level].from[at] : 0;
     }
     return top;
-}
-
-int64_t icecache_find_path(const Shape *s, const Tree *t, int64_t row, const float *point,
-                           int32_t *path) {
-    return descend(s, t, row, point, path);
 }

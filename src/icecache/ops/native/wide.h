@@ -60,6 +60,24 @@ WIDE_INLINE __m512 wide_dots(int64_t dim, int64_t heads, const float *query,
     return sum_of_lanes(sum);
 }
 
+/* Of eight entries: lane 8 + entry of the result is the entry's product with the point, [dim], lane
+ * entry its product with itself. */
+WIDE_INLINE __m512 wide_with_self(int64_t dim, const float *point, const int8_t *const *entry) {
+    __m512 sum[WIDE];
+    for (int i = 0; i < WIDE; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t at = 0; at < dim; at += WIDE) {
+        __m512 one = _mm512_loadu_ps(point + at);
+        for (int i = 0; i < WIDE / 2; i++) {
+            /* where sum_of_lanes puts lane i */
+            int to = 4 * (i % 4) + i / 4;
+            __m512 other = widen_codes(entry[i] + at);
+            sum[to] = _mm512_fmadd_ps(other, other, sum[to]);
+            sum[to + 2] = _mm512_fmadd_ps(one, other, sum[to + 2]);
+        }
+    }
+    return sum_of_lanes(sum);
+}
+
 /* Add weighted entries to `chunks` * 16 elements, from `at` on, of each head's output [heads, dim]. */
 WIDE_INLINE void wide_add(int64_t chunks, PerHead weight, const int8_t *const *value, int64_t at,
                           int64_t num, float *out, int64_t dim) {
