@@ -38,7 +38,9 @@ def one(tokens: Tokens, at: int) -> Tokens:
 def twin_step(layer: IceCacheLayer, token: Tokens, **asked: float) -> torch.Tensor:
     query, keys, values = token
     layer.append(keys, values)
-    return layer.attend(query, **asked)
+    out = layer.attend(query, **asked)
+    layer._make_way()
+    return out
 
 
 @pytest.fixture
@@ -199,7 +201,13 @@ def test_no_memory_in_the_tree_is_an_error_that_asks_for_a_reset(
     layer.attend(tokens[0][:, :, :1])
     layer.step(*one(tokens, 400))
     assert layer._fused is not None
-    monkeypatch.setattr(layer._fused, "_call", lambda *parts: 3)
+    fused_step = layer._fused
+
+    def lack_memory_in_the_second_row(*parts: object) -> int:
+        fused_step._stopped.value = 1
+        return 3
+
+    monkeypatch.setattr(fused_step, "_call", lack_memory_in_the_second_row)
     with pytest.raises(HostMemoryExceeded):
         layer.step(*one(tokens, 401))
     with pytest.raises(Exception, match="reset"):

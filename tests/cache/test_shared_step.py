@@ -33,10 +33,13 @@ def _run(layer: IceCacheLayer, threads: int) -> tuple[torch.Tensor, torch.Tensor
     try:
         for at in range(_STEPS):
             query, keys, values = (x[:, :, at : at + 1] for x in (queries, *more))
-            outs.append(layer.step(query, keys, values))
             ask = Ask.of_layer(query, _HEADS, layer.head_dim**-0.5, None, None, None)
-            assert layer._context is not None
-            truths.append(inspect_step(layer._context, layer.config, "torch", ask).out)
+            other = layer.fork()
+            other.append(keys, values)
+            assert other._context is not None
+            truths.append(inspect_step(other._context, layer.config, "torch", ask).out)
+            other.release()
+            outs.append(layer.step(query, keys, values))
     finally:
         torch.set_num_threads(before)
     return torch.cat(outs).flatten(), torch.cat(truths).flatten()

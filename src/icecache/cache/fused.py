@@ -1,5 +1,7 @@
 """One decode step as one compiled call; `IceCacheLayer.append` and `attend` are its twin.
 
+Between two steps the window has room for the next token: its oldest has entered the tree.
+
 What lasts from step to step (addresses, lengths, room to work in) is prepared once, and anew as
 soon as anything else has changed the context.
 """
@@ -117,19 +119,18 @@ class FusedStep:
         self._decode.end = self._end
         self._stopped.value = -1
         status: int = self._call(*self._references)
-        if status != _NOT_FINITE:
+        if status == _ATTENDED:
             self.context.tail.advance(slides=False)
             self.took_in = True
             self._tokens += 1
         return status
 
     def _slide(self, indexed: IndexedTokens) -> int:
-        """Let the oldest token of each row's window enter the tree, and attend sparsely."""
+        """Attend sparsely, and let the oldest token of each row's window enter the tree."""
         context, stopped, rows = self.context, self._stopped, self._attended.size
         stopped.value, self._decode.end = -1, self._end
         # what is interrupted between here and the end is in two places or in none
         context.is_torn = True
-        self._start += 1
         while True:
             self._point_to(indexed)
             status: int = self._call(*self._references)
@@ -137,11 +138,12 @@ class FusedStep:
                 break
             provide(self._answer, stopped.value, indexed.tree, indexed.pool, indexed.pages)
         if stopped.value == rows:
+            self._start += 1
             indexed.lens = [have + 1 for have in indexed.lens]
             self._position += 1
             context.tail.advance(slides=True)
             self.took_in = True
-        context.is_torn = status == _NO_MEMORY and stopped.value < rows
+        context.is_torn = 0 <= stopped.value < rows
         return status
 
     def _is_prepared(self, new: NewToken) -> bool:
@@ -200,11 +202,11 @@ class FusedStep:
         return self._tokens < self._config.most_dense_tokens
 
     def _is_steady(self, spans: list[Span]) -> bool:
-        """Whether each row's window and sink are full, so that one token of each row leaves."""
+        """Whether sinks are full, and windows with the next token, so that one of each row leaves."""
         tail, sink = spans
         indexed = self.context.indexed
         return bool(
-            (tail.lens == self._config.window).all()
+            (tail.lens == self._config.window - 1).all()
             and (sink.lens == self._config.sink).all()
             and indexed is not None
             and min(indexed.lens) > 0
@@ -213,6 +215,8 @@ class FusedStep:
     def _fill(self, spans: list[Span], rows: int, heads: int, dim: int) -> None:
         config, context, decode = self._config, self.context, self._decode
         self._start, self._lengths = spans[0].start, spans[0].lens
+        if context.indexed is not None:
+            self._lengths += 1
         decode.shape = Shape(
             rows=rows,
             heads=heads,

@@ -332,6 +332,10 @@ class IceCacheLayer(Stepping, Portable):
         self._settle(self.config.window)
         return self._context, Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
 
+    def _make_way(self) -> None:
+        if self.phase is Phase.INDEXED:
+            self._settle(self.config.window - 1)
+
     def _build(self, keep: int) -> None:
         """Settle, in the background where there are threads and enough to do."""
         if self._unsettled > self.config.draft:

@@ -46,6 +46,10 @@ class Stepping(ABC):
     ) -> Tensor:
         """Attend the latest tokens' queries to the context."""
 
+    @abstractmethod
+    def _make_way(self) -> None:
+        """Let the oldest token of a full window enter the tree, before the next one comes."""
+
     def step(
         self,
         query: Tensor,
@@ -58,7 +62,8 @@ class Stepping(ABC):
     ) -> Tensor:
         """Take in a token of each row, and attend its query: `append`, then `attend`.
 
-        The same result for less: where it can be, both are one compiled call.
+        The same result for less: where it can be, both are one compiled call. The oldest token of
+        a full window enters the tree afterwards and not with the next token.
 
         Parameters
         ----------
@@ -84,6 +89,8 @@ class Stepping(ABC):
         if context is not None and self._backend == "native" and can_fuse and is_alone:
             if self._fused is None or self._fused.context is not context:
                 self._fused = FusedStep(self.config, context, self.num_kv_heads)
+            if context.indexed is not None and context.tail.longest >= self.config.window:
+                self._make_way()
             factor = self.head_dim**-0.5 if scaling is None else scaling
             new = NewToken(query, keys, values, factor, softcap)
             try:
@@ -97,7 +104,9 @@ class Stepping(ABC):
                 return out
         self.append(keys, values)
         try:
-            return self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+            out = self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+            self._make_way()
+            return out
         except BaseException:
             if self._context is not None and not self._context.is_torn:
                 self.crop(keys.shape[2])

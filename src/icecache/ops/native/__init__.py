@@ -145,6 +145,7 @@ class Decode(ctypes.Structure):
         ("sink_logits", c_void_p),
         ("leaving", Tokens),
         *((name, c_void_p) for name in ("offset", "answers", "wide", "out")),
+        ("status", c_int64),
         ("result", Result),
     ]
 

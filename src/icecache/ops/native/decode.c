@@ -1,7 +1,8 @@
-/* One decode step of one layer in one call: take in a token of each row, let the oldest of the
- * window enter the tree, attend. cache/fused.py prepares what lasts from step to step.
+/* One decode step of one layer in one call: take in a token of each row, attend, let the oldest of
+ * the window enter the tree. cache/fused.py prepares what lasts from step to step.
  *
- * The plain twin is IceCacheLayer's append and attend.
+ * The plain twin is IceCacheLayer's append and attend. The tree changes last because attention has
+ * just read the summaries that the way to the nearest leaf goes through.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -48,11 +49,12 @@ static void append(const Decode *d) {
     }
 }
 
-/* The window keeps its length: what lies before it, leaves. */
+/* The oldest of the window leaves. */
 static void find_leaving(const Decode *d) {
-    for (int64_t row = 0; row < d->shape.rows; row++)
-        d->offset[row] = row * d->segments[0].row_stride +
-                         (d->segments[0].start[row] - 1) * d->shape.dim;
+    for (int64_t row = 0; row < d->shape.rows; row++) {
+        d->offset[row] = row * d->segments[0].row_stride + d->segments[0].start[row] * d->shape.dim;
+        d->answers[row].status = WAITS;
+    }
 }
 
 CLONES static void widen(const Decode *d) {
@@ -90,11 +92,21 @@ CLONES static void narrow(const Decode *d, const float *from) {
     }
 }
 
+/* Let a row's leaving token enter the tree; rows share nothing that changes. */
+static void enter(void *decode, int64_t row) {
+    Decode *d = decode;
+    Answer *answer = d->answers + row;
+    if (icecache_insert(&d->shape, d->tree, d->pages, &d->leaving, row, row + 1, answer) < 0)
+        answer->status = NEEDS_MEMORY;
+}
+
 static int attend(Decode *d) {
+    Then then = {enter, d};
     widen(d);
     d->result.out = d->wide + d->shape.rows * d->shape.heads * d->shape.dim;
-    if (icecache_sparse_step(&d->shape, d->tree, d->pages, d->segments, d->num_segments, d->wide,
-                             d->sink_logits, d->threads, &d->result))
+    if (icecache_sparse_step_then(&d->shape, d->tree, d->pages, d->segments, d->num_segments,
+                                  d->wide, d->sink_logits, d->threads, &d->result,
+                                  d->tree ? &then : 0))
         return NO_MEMORY;
     narrow(d, d->result.out);
     return is_finite(d->result.out, 0, d->shape.rows * d->shape.heads * d->shape.dim, FLOAT32)
@@ -102,20 +114,10 @@ static int attend(Decode *d) {
                : OVERFLOWED;
 }
 
-/* Let the leaving token of every row that waits enter the tree; rows share nothing that changes. */
-static int enter(Decode *d) {
-    int64_t failed = 0, rows = d->shape.rows, waiting = 0;
-    for (int64_t row = 0; row < rows; row++) waiting += d->answers[row].status == WAITS;
-    /* all threads or none: a smaller team would end those that it does not need */
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads((int)d->threads) if (d->threads > 1 && waiting > 1) \
-    reduction(+ : failed)
-#endif
-    for (int64_t row = 0; row < rows; row++)
-        if (d->answers[row].status == WAITS)
-            failed += icecache_insert(&d->shape, d->tree, d->pages, &d->leaving, row, row + 1,
-                                      d->answers + row) < 0;
-    return failed ? -1 : 0;
+static int all_wait(const Decode *d) {
+    for (int64_t row = 0; row < d->shape.rows; row++)
+        if (d->answers[row].status != WAITS) return 0;
+    return 1;
 }
 
 /* The first row whose token lacks something, or whose tree does; it will have got that when it is
@@ -131,7 +133,8 @@ static int64_t next_stopped(Decode *d, Answer *answer) {
 }
 
 /* `row` is -1; or, after STOPPED, as it was left, when that row has got what `answer` says that it
- * lacked. With NOT_FINITE nothing has changed. */
+ * lacked. Nothing has changed while it is -1; all tokens are in the tree when it is behind the last,
+ * whatever is returned. */
 EXPORT int icecache_decode(Decode *d, int64_t *row, Answer *answer) {
     if (*row < 0) {
         int64_t heads = d->kv_heads * d->shape.heads;
@@ -140,13 +143,12 @@ EXPORT int icecache_decode(Decode *d, int64_t *row, Answer *answer) {
             return NOT_FINITE;
         append(d);
         if (d->tree) find_leaving(d);
-        for (int64_t i = 0; d->tree && i < d->shape.rows; i++) d->answers[i].status = WAITS;
-        *row = 0;
+        d->status = attend(d);
+        if (!d->tree || all_wait(d)) return (int)d->status;
     }
-    if (d->tree) {
-        if (enter(d)) return NO_MEMORY;
-        *row = next_stopped(d, answer);
-        if (*row < d->shape.rows) return STOPPED;
-    }
-    return attend(d);
+    for (int64_t i = 0; i < d->shape.rows; i++)
+        if (d->answers[i].status == WAITS) enter(d, i);
+    *row = next_stopped(d, answer);
+    if (*row == d->shape.rows) return (int)d->status;
+    return answer->status == NEEDS_MEMORY ? NO_MEMORY : STOPPED;
 }

@@ -25,6 +25,7 @@ typedef struct {
     Answer *answers;          /* [rows], room to work in */
     float *wide;              /* [2, rows, heads, dim], query and output */
     void *out;                /* [rows, heads, dim] */
+    int64_t status;           /* of the attention, while rows wait for what they lack */
     Result result;
 } Decode;
 

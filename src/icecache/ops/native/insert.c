@@ -246,7 +246,8 @@ static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *toke
 
 EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, const Tokens *tokens,
                                int64_t first, int64_t num_tokens, Answer *answer) {
-    int64_t dim = shape->dim, all = MOST_MEMBERS * dim;
+    int64_t most = shape->leaf_size > shape->most_children ? shape->leaf_size : shape->most_children;
+    int64_t dim = shape->dim, all = (most + 1) * dim;
     float *memory = malloc(sizeof(float) * (size_t)(3 * all + 5 * dim));
     if (!memory) return -1;
     Scratch x = {memory, memory + all, memory + 2 * all, memory + 3 * all, memory + 3 * all + dim,

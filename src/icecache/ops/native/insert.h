@@ -4,7 +4,15 @@
 
 #include "layer.h"
 
-enum { INSERTED = 0, NEEDS_PAGE = 1, NEEDS_COPY = 2, NEEDS_ROOM = 3, TOP_IS_WIDE = 4, WAITS = 5 };
+enum {
+    INSERTED = 0,
+    NEEDS_PAGE = 1,
+    NEEDS_COPY = 2,
+    NEEDS_ROOM = 3,
+    TOP_IS_WIDE = 4,
+    WAITS = 5,
+    NEEDS_MEMORY = 6
+};
 
 typedef struct {
     int32_t status, page; /* page: the one to be copied */

@@ -29,6 +29,7 @@ static int64_t this_thread(void) {
 /* Rows by the threads that are at hand: each a row, and all together those that are left over. */
 typedef struct {
     Step step;
+    const Then *then;
     Room *rooms; /* [num_rooms], of rows where there is one for each, else of threads */
     int64_t num_rooms, alone, shared, blocks, nodes, leaves, failed;
 } Work;
@@ -100,7 +101,10 @@ static void attend_shared(Work *w) {
 #if defined(_OPENMP)
 #pragma omp for schedule(static, 1)
 #endif
-    for (int64_t i = 0; i < w->shared; i++) icecache_finish_row(step, w->alone + i, w->rooms + i);
+    for (int64_t i = 0; i < w->shared; i++) {
+        icecache_finish_row(step, w->alone + i, w->rooms + i);
+        if (w->then) w->then->call(w->then->data, w->alone + i);
+    }
 }
 
 static void attend_rows(Work *w, int64_t threads) {
@@ -113,7 +117,10 @@ static void attend_rows(Work *w, int64_t threads) {
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic)
 #endif
-        for (int64_t row = 0; row < w->alone; row++) attend_row(w, row);
+        for (int64_t row = 0; row < w->alone; row++) {
+            attend_row(w, row);
+            if (w->then) w->then->call(w->then->data, row);
+        }
         if (w->shared) attend_shared(w);
     }
 }
@@ -139,15 +146,17 @@ static Room *make_rooms(const Step *step, int64_t entries, int64_t num) {
     return rooms;
 }
 
-EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
-                                const Segment *segments, int64_t num_segments, const float *query,
-                                const float *sink_logits, int64_t threads, Result *result) {
+int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pages,
+                              const Segment *segments, int64_t num_segments, const float *query,
+                              const float *sink_logits, int64_t threads, Result *result,
+                              const Then *then) {
     if (!tree)
         return icecache_dense_step(s, segments, num_segments, query, sink_logits, threads, result);
     int64_t entries = icecache_most_entries(s, tree);
     /* all threads or one: a smaller team would end those that it does not need */
     if (entries * s->rows < LEAST_ENTRIES) threads = 1;
     Work w = {.step = {s, tree, pages, segments, num_segments, query, sink_logits, {0}, result},
+              .then = then,
               .num_rooms = threads < s->rows ? threads : s->rows,
               .shared = entries < LEAST_SHARED ? 0 : s->rows % threads,
               .blocks = num_blocks(entries)};
@@ -160,6 +169,13 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
     result->nodes_scored = w.nodes;
     result->leaves_scored = w.leaves;
     return w.failed ? -1 : 0;
+}
+
+EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
+                                const Segment *segments, int64_t num_segments, const float *query,
+                                const float *sink_logits, int64_t threads, Result *result) {
+    return icecache_sparse_step_then(s, tree, pages, segments, num_segments, query, sink_logits,
+                                     threads, result, 0);
 }
 
 /* Sizes of the structures that Python mirrors; a library of another version has others. */

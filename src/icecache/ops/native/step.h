@@ -25,6 +25,18 @@ int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *pages,
                          const Segment *segments, int64_t num_segments, const float *query,
                          const float *sink_logits, int64_t threads, Result *result);
 
+/* What is done with a row by the thread that has just attended it. */
+typedef struct {
+    void (*call)(void *data, int64_t row);
+    void *data;
+} Then;
+
+/* The same, and `then` for every row; after -1 perhaps not for all. */
+int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pages,
+                              const Segment *segments, int64_t num_segments, const float *query,
+                              const float *sink_logits, int64_t threads, Result *result,
+                              const Then *then);
+
 int icecache_dense_step(const Shape *s, const Segment *segments, int64_t num_segments,
                         const float *query, const float *sink_logits, int64_t threads,
                         Result *result);
