@@ -39,7 +39,7 @@ def twin_step(layer: IceCacheLayer, token: Tokens, **asked: float) -> torch.Tens
     query, keys, values = token
     layer.append(keys, values)
     out = layer.attend(query, **asked)
-    layer._make_way()
+    layer._settle(layer.config.window - 1)
     return out
 
 

@@ -271,7 +271,7 @@ class IceCacheLayer(Stepping, Portable):
         Parameters
         ----------
         num_tokens : int
-            How many; at most what the window holds, for what is in the tree stays there.
+            How many; at most what the window holds, after a `step` a token less than ``window``.
 
         Raises
         ------
@@ -331,10 +331,6 @@ class IceCacheLayer(Stepping, Portable):
             raise InputError(f"{name} takes one query token, got {query.shape[2]}")
         self._settle(self.config.window)
         return self._context, Ask.of_layer(query, self.num_kv_heads, scaling, softcap, sink_logits)
-
-    def _make_way(self) -> None:
-        if self.phase is Phase.INDEXED:
-            self._settle(self.config.window - 1)
 
     def _build(self, keep: int) -> None:
         """Settle, in the background where there are threads and enough to do."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from icecache.cache.context import Context
 from icecache.cache.fused import FusedStep, NewToken
-from icecache.cache.stats import Counters
+from icecache.cache.stats import Counters, Phase
 from icecache.config import IceCacheConfig
 
 __all__ = ["Stepping"]
@@ -22,6 +22,11 @@ class Stepping(ABC):
     _counters: Counters
     _unsettled: int
     _fused: FusedStep | None = None
+
+    @property
+    @abstractmethod
+    def phase(self) -> Phase:
+        """How the context is held."""
 
     @property
     @abstractmethod
@@ -47,8 +52,8 @@ class Stepping(ABC):
         """Attend the latest tokens' queries to the context."""
 
     @abstractmethod
-    def _make_way(self) -> None:
-        """Let the oldest token of a full window enter the tree, before the next one comes."""
+    def _settle(self, keep: int) -> None:
+        """Let all but the latest `keep` tokens leave the tail, once the budget is passed."""
 
     def step(
         self,
@@ -89,8 +94,8 @@ class Stepping(ABC):
         if context is not None and self._backend == "native" and can_fuse and is_alone:
             if self._fused is None or self._fused.context is not context:
                 self._fused = FusedStep(self.config, context, self.num_kv_heads)
-            if context.indexed is not None and context.tail.longest >= self.config.window:
-                self._make_way()
+            if context.indexed is not None:
+                self._settle(self.config.window - 1)
             factor = self.head_dim**-0.5 if scaling is None else scaling
             new = NewToken(query, keys, values, factor, softcap)
             try:
@@ -105,7 +110,8 @@ class Stepping(ABC):
         self.append(keys, values)
         try:
             out = self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
-            self._make_way()
+            if self.phase is Phase.INDEXED:
+                self._settle(self.config.window - 1)
             return out
         except BaseException:
             if self._context is not None and not self._context.is_torn:

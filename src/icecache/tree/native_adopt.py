@@ -4,7 +4,6 @@ import ctypes
 
 from torch import Tensor
 
-from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import Tree as NativeTree
 from icecache.ops.native import load, pointer
 
@@ -19,7 +18,7 @@ def adopt_native(
     The twins are `Level.link` and `merge_summaries`. row, child, node: shape [n], int64; a node's
     children, all that it has, come one after the other.
     """
-    failed = load().icecache_adopt(
+    load().icecache_adopt(
         ctypes.byref(tree),
         level,
         head_dim,
@@ -28,5 +27,3 @@ def adopt_native(
         pointer(node.contiguous()),
         row.numel(),
     )
-    if failed:
-        raise HostMemoryExceeded(3 * 4 * head_dim, 0)

@@ -203,7 +203,7 @@ def load() -> ctypes.CDLL:
     library.icecache_fill.argtypes = [POINTER(Shape), POINTER(Tree), POINTER(Pages), POINTER(Build)]
     library.icecache_fill.restype = c_int
     library.icecache_adopt.argtypes = [POINTER(Tree), c_int64, c_int64, *(c_void_p,) * 3, c_int64]
-    library.icecache_adopt.restype = c_int
+    library.icecache_adopt.restype = None
     return library
 
 

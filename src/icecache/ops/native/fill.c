@@ -131,10 +131,10 @@ EXPORT int icecache_fill(const Shape *s, Tree *t, const Pages *p, const Build *b
     return failed ? -1 : 0;
 }
 
-/* Make children, those of a node one after the other, the children of nodes; summarise those. */
+/* Make children, those of a node one after the other, the children of nodes; summarise those.
+ * row, child, node: [num], of each child of the level below. */
 CLONES static void adopt_all(Tree *t, int64_t level, int64_t dim, const int64_t *row,
-                             const int64_t *child, const int64_t *node, int64_t num,
-                             float *scratch) {
+                             const int64_t *child, const int64_t *node, int64_t num) {
     Level *of = t->level + level, *below = of - 1;
     for (int64_t i = 0; i < num;) {
         int64_t end = i + 1, first = row[i] * below->capacity;
@@ -142,17 +142,12 @@ CLONES static void adopt_all(Tree *t, int64_t level, int64_t dim, const int64_t 
         of->first[row[i] * of->capacity + node[i]] = (int32_t)child[i];
         for (int64_t c = i; c < end; c++)
             below->next[first + child[c]] = c + 1 < end ? (int32_t)child[c + 1] : -1;
-        summarize_node(t, level, row[i], node[i], dim, scratch);
+        summarize_node(t, level, row[i], node[i], dim);
         i = end;
     }
 }
 
-/* row, child, node: [num], of each child of the level below; -1 without memory. */
-EXPORT int icecache_adopt(Tree *t, int64_t level, int64_t dim, const int64_t *row,
-                          const int64_t *child, const int64_t *node, int64_t num) {
-    float *scratch = malloc(sizeof(float) * 3 * (size_t)dim);
-    if (!scratch) return -1;
-    adopt_all(t, level, dim, row, child, node, num, scratch);
-    free(scratch);
-    return 0;
+EXPORT void icecache_adopt(Tree *t, int64_t level, int64_t dim, const int64_t *row,
+                           const int64_t *child, const int64_t *node, int64_t num) {
+    adopt_all(t, level, dim, row, child, node, num);
 }

@@ -68,7 +68,7 @@ static int32_t split_node(const Shape *s, Tree *t, int64_t level, int64_t row, i
     int32_t other = of->num[row]++;
     of->first[row * of->capacity + node] = of->first[row * of->capacity + other] = -1;
     while (num-- > 0) adopt(t, level, row, upper[num] ? other : node, children[num]);
-    summarize_node(t, level, row, other, s->dim, x->node);
+    summarize_node(t, level, row, other, s->dim);
     return other;
 }
 
@@ -78,7 +78,7 @@ CLONES static void update(const Shape *s, Tree *t, int64_t row, const int32_t *p
     for (int64_t level = 1; level <= top; level++) {
         if (added >= 0) adopt(t, level, row, path[level], added);
         added = added >= 0 ? split_node(s, t, level, row, path[level], x) : -1;
-        summarize_node(t, level, row, path[level], s->dim, x->node);
+        summarize_node(t, level, row, path[level], s->dim);
     }
 }
 

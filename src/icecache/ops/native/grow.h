@@ -8,7 +8,7 @@
 
 typedef struct {
     float *key, *value, *centred;   /* [MOST_MEMBERS, dim] */
-    float *mean, *direction, *node; /* [dim], [dim], [3, dim] */
+    float *mean, *direction;        /* [dim] */
 } Scratch;
 
 /* Find the nearest leaf: path[level] is its ancestor, path[0] the leaf or -1. Returns the top. */

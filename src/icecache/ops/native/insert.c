@@ -217,7 +217,7 @@ static void expect(const Shape *s, const Tree *t, const Pages *p, const Taking *
                          key_of(s, pool, slot[m] + half * s->page_size) * element_size(s), bytes);
 }
 
-static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens, int64_t index,
+CLONES static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens, int64_t index,
                            Scratch *x) {
     int64_t row = tokens->row[index];
     Taking k = {.row = row};
@@ -248,10 +248,9 @@ EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, con
                                int64_t first, int64_t num_tokens, Answer *answer) {
     int64_t most = shape->leaf_size > shape->most_children ? shape->leaf_size : shape->most_children;
     int64_t dim = shape->dim, all = (most + 1) * dim;
-    float *memory = malloc(sizeof(float) * (size_t)(3 * all + 5 * dim));
+    float *memory = malloc(sizeof(float) * (size_t)(3 * all + 2 * dim));
     if (!memory) return -1;
-    Scratch x = {memory, memory + all, memory + 2 * all, memory + 3 * all, memory + 3 * all + dim,
-                 memory + 3 * all + 2 * dim};
+    Scratch x = {memory, memory + all, memory + 2 * all, memory + 3 * all, memory + 3 * all + dim};
     *answer = (Answer){INSERTED, 0};
     int64_t i = first;
     while (i < num_tokens && answer->status == INSERTED) {

@@ -1,5 +1,6 @@
 /* The way to the nearest leaf; the plain twin is tree/insert.py (find_path). */
 #include <stdint.h>
+#include <string.h>
 
 #include "grow.h"
 #include "layer.h"
@@ -9,9 +10,9 @@
 #define BEAM 16
 #define MOST_FOUND (BEAM * MOST_MEMBERS)
 
+/* The nodes of a level that are followed, nearest first, and whose children they are. */
 typedef struct {
     int32_t id[BEAM], from[BEAM];
-    float distance[BEAM];
     int64_t num;
 } Beam;
 
@@ -22,23 +23,45 @@ typedef struct {
     int64_t num;
 } Found;
 
-/* Keep the `most` nearest so far, nearest first; the first of equals stays ahead. */
-static void keep_nearest(const Found *found, int64_t most, Beam *beam) {
-    for (int64_t i = 0; i < found->num; i++) {
-        float distance = found->distance[i];
-        int64_t at = beam->num;
-        if (at == most && !(distance < beam->distance[most - 1])) continue;
-        if (at == most) at--;
-        else beam->num++;
-        for (; at > 0 && distance < beam->distance[at - 1]; at--) {
-            beam->id[at] = beam->id[at - 1];
-            beam->from[at] = beam->from[at - 1];
-            beam->distance[at] = beam->distance[at - 1];
-        }
-        beam->id[at] = found->id[i];
-        beam->from[at] = found->from[i];
-        beam->distance[at] = distance;
+/* Numbers of what is nearest so far, each below its distance, so that keys are in order; one place
+ * ahead of the first, and all bits set where there is none yet. */
+typedef struct {
+    uint64_t key[1 + BEAM];
+    int64_t num;
+} Nearest;
+
+/* Bits that are in the order of the numbers. */
+static inline uint64_t ordered(float distance) {
+    uint32_t bits;
+    memcpy(&bits, &distance, 4);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+static void expect_nothing(Nearest *nearest) {
+    memset(nearest->key, 0xff, sizeof(nearest->key));
+    nearest->key[0] = 0;
+    nearest->num = 0;
+}
+
+/* Put a key in its place without a branch; the last goes. */
+static inline void put(Nearest *nearest, uint64_t key) {
+    uint64_t moved[BEAM];
+    for (int i = 0; i < BEAM; i++) {
+        uint64_t here = nearest->key[1 + i], before = nearest->key[i];
+        uint64_t least = key < here ? key : here;
+        moved[i] = least > before ? least : before;
     }
+    memcpy(nearest->key + 1, moved, sizeof(moved));
+}
+
+/* Keep the nearest so far; of equals, the first. The found are numbered from `first` on. */
+static inline void keep_nearest(const Found *found, int64_t first, int64_t most, Nearest *nearest) {
+    for (int64_t i = 0; i < found->num; i++) {
+        uint64_t key = ordered(found->distance[i]) << 32 | (uint64_t)(first + i);
+        if (key < nearest->key[most]) put(nearest, key);
+    }
+    nearest->num += found->num;
+    if (nearest->num > most) nearest->num = most;
 }
 
 /* List the children of all that a beam holds, and ask for their summaries: they lie in many places. */
@@ -68,40 +91,53 @@ static void measure(const Level *level, int64_t row, const float *point, int64_t
 /* The nearest of the top, a block after the other. */
 static void search_top(const Level *top, int64_t row, const float *point, int64_t dim,
                        int64_t most, Found *found, Beam *beam) {
+    Nearest nearest;
+    expect_nothing(&nearest);
     for (int32_t from = 0; from < top->num[row]; from += MOST_FOUND) {
         int32_t left = top->num[row] - from;
         found->num = left < MOST_FOUND ? left : MOST_FOUND;
-        for (int32_t i = 0; i < found->num; i++) {
-            found->id[i] = from + i;
-            found->from[i] = -1;
-        }
+        for (int32_t i = 0; i < found->num; i++) found->id[i] = from + i;
         measure(top, row, point, dim, found);
-        keep_nearest(found, most, beam);
+        keep_nearest(found, from, most, &nearest);
+    }
+    beam->num = nearest.num;
+    for (int64_t i = 0; i < nearest.num; i++) beam->id[i] = (int32_t)nearest.key[1 + i];
+}
+
+/* The nearest of the children of the beam above. */
+static void search_below(const Level *of, int64_t row, const float *point, int64_t dim,
+                         int64_t most, Found *found, Beam *beam) {
+    Nearest nearest;
+    expect_nothing(&nearest);
+    find_children(beam + 1, of + 1, of, row, dim, found);
+    measure(of, row, point, dim, found);
+    keep_nearest(found, 0, most, &nearest);
+    beam->num = nearest.num;
+    for (int64_t i = 0; i < nearest.num; i++) {
+        uint32_t number = (uint32_t)nearest.key[1 + i];
+        beam->id[i] = found->id[number];
+        beam->from[i] = found->from[number];
     }
 }
 
-int64_t icecache_find_path(const Shape *s, const Tree *t, int64_t row, const float *point,
-                           int32_t *path) {
+CLONES static int64_t descend(const Shape *s, const Tree *t, int64_t row, const float *point,
+                              int32_t *path) {
     Beam beam[MOST_LEVELS];
     Found found;
     int64_t top = 0;
     while (top + 1 < t->num_levels && t->level[top + 1].num[row] > 0) top++;
-    for (int64_t level = top; level >= 0; level--) {
-        const Level *of = t->level + level;
-        int64_t most = level ? BEAM : 1;
-        beam[level].num = 0;
-        if (level == top) {
-            search_top(of, row, point, s->dim, most, &found, beam + level);
-            continue;
-        }
-        find_children(beam + level + 1, of + 1, of, row, s->dim, &found);
-        measure(of, row, point, s->dim, &found);
-        keep_nearest(&found, most, beam + level);
-    }
+    search_top(t->level + top, row, point, s->dim, top ? BEAM : 1, &found, beam + top);
+    for (int64_t level = top - 1; level >= 0; level--)
+        search_below(t->level + level, row, point, s->dim, level ? BEAM : 1, &found, beam + level);
     int32_t at = 0;
     for (int64_t level = 0; level <= top; level++) {
         path[level] = beam[level].num ? beam[level].id[at] : -1;
-        at = beam[level].num ? beam[level].from[at] : 0;
+        if (level < top && beam[level].num) at = beam[level].from[at];
     }
     return top;
+}
+
+int64_t icecache_find_path(const Shape *s, const Tree *t, int64_t row, const float *point,
+                           int32_t *path) {
+    return descend(s, t, row, point, path);
 }

@@ -30,6 +30,7 @@ static int64_t this_thread(void) {
 typedef struct {
     Step step;
     const Then *then;
+    uint8_t *attended; /* [rows], until a thread takes the row up again */
     Room *rooms; /* [num_rooms], of rows where there is one for each, else of threads */
     int64_t num_rooms, alone, shared, blocks, nodes, leaves, failed;
 } Work;
@@ -68,6 +69,18 @@ static void attend_row(Work *w, int64_t row) {
     icecache_finish_row(&w->step, row, room);
 }
 
+static void mark_attended(Work *w, int64_t row) {
+    if (w->then) __atomic_store_n(w->attended + row, 1, __ATOMIC_RELEASE);
+}
+
+/* Do what comes then with all rows that were attended meanwhile: who has nothing left to attend need
+ * not wait for the others. Each row that nobody took up is taken up by the thread that attended it. */
+static void go_on(Work *w) {
+    for (int64_t row = 0; w->then && row < w->step.shape->rows; row++)
+        if (__atomic_exchange_n(w->attended + row, 0, __ATOMIC_ACQ_REL))
+            w->then->call(w->then->data, row);
+}
+
 /* Every loop ends with all threads waiting for each other: the parts of a row are in order. */
 static void attend_shared(Work *w) {
     const Step *step = &w->step;
@@ -103,7 +116,7 @@ static void attend_shared(Work *w) {
 #endif
     for (int64_t i = 0; i < w->shared; i++) {
         icecache_finish_row(step, w->alone + i, w->rooms + i);
-        if (w->then) w->then->call(w->then->data, w->alone + i);
+        mark_attended(w, w->alone + i);
     }
 }
 
@@ -115,13 +128,14 @@ static void attend_rows(Work *w, int64_t threads) {
 #endif
     {
 #if defined(_OPENMP)
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
 #endif
         for (int64_t row = 0; row < w->alone; row++) {
             attend_row(w, row);
-            if (w->then) w->then->call(w->then->data, row);
+            mark_attended(w, row);
         }
         if (w->shared) attend_shared(w);
+        go_on(w);
     }
 }
 
@@ -163,8 +177,10 @@ int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pag
     w.alone = s->rows - w.shared;
     for (int64_t i = 1; i <= s->leaf_size && i < 256; i++) w.step.log_of[i] = logf((float)i);
     w.rooms = make_rooms(&w.step, entries, w.num_rooms);
-    if (!w.rooms) return -1;
-    attend_rows(&w, threads);
+    w.attended = calloc((size_t)s->rows, 1);
+    if (w.rooms && w.attended) attend_rows(&w, threads);
+    else fail(&w);
+    free(w.attended);
     free(w.rooms);
     result->nodes_scored = w.nodes;
     result->leaves_scored = w.leaves;

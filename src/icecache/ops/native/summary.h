@@ -55,34 +55,66 @@ static inline void summarize_leaf(Tree *t, int64_t row, int64_t leaf, const floa
     set_spread(leaves, leaf, dim, spread * weight);
 }
 
-/* Recompute a node from its children; scratch: [3, dim]. */
-static inline void summarize_node(Tree *t, int64_t level, int64_t row, int64_t node, int64_t dim,
-                                  float *scratch) {
-    Level *of = t->level + level, *below = of - 1;
-    int64_t at = row * of->capacity + node, first = row * below->capacity, total = 0;
-    float *keys = scratch, *values = keys + dim, *buffer = values + dim, spread = 0.0f;
-    memset(keys, 0, sizeof(float) * 2 * (size_t)dim);
-    for (int64_t child = of->first[at]; child >= 0; child = below->next[first + child]) {
+/* Sums over the children of a node; returns their tokens. */
+static inline int64_t sum_children(int64_t dim, const Tree *t, int64_t level, int64_t row,
+                                   int64_t node, float *keys, float *values) {
+    const Level *of = t->level + level, *below = of - 1;
+    int64_t first = row * below->capacity, total = 0;
+    float key_sum[MAX_DIM], value_sum[MAX_DIM];
+    memset(key_sum, 0, sizeof(float) * (size_t)dim);
+    memset(value_sum, 0, sizeof(float) * (size_t)dim);
+    int64_t child = of->first[row * of->capacity + node];
+    for (; child >= 0; child = below->next[first + child]) {
+        const int8_t *key = below->key_mean + (first + child) * dim;
+        const int8_t *value = below->value_mean + (first + child) * dim;
         int64_t count = count_of(below, level - 1, first + child);
+        float key_scale = from_bfloat16(below->key_scale[first + child]);
+        float value_scale = (float)count * from_bfloat16(below->value_scale[first + child]);
         total += count;
-        read_mean(below, first + child, dim, buffer);
-        add_scaled(keys, (float)count, buffer, dim);
-        from_int8(below->value_mean + (first + child) * dim, buffer, dim);
-        add_scaled(values, (float)count * from_bfloat16(below->value_scale[first + child]), buffer,
-                   dim);
+        for (int64_t i = 0; i < dim; i++) key_sum[i] += (float)count * ((float)key[i] * key_scale);
+        for (int64_t i = 0; i < dim; i++) value_sum[i] += value_scale * (float)value[i];
     }
-    for (int64_t i = 0; i < dim; i++) keys[i] /= (float)total;
-    for (int64_t i = 0; i < dim; i++) values[i] /= (float)total;
-    for (int64_t child = of->first[at]; child >= 0; child = below->next[first + child]) {
-        float squared = from_bfloat16(below->spread[first + child]);
-        read_mean(below, first + child, dim, buffer);
-        for (int64_t i = 0; i < dim; i++) squared += (buffer[i] - keys[i]) * (buffer[i] - keys[i]);
-        spread += (float)count_of(below, level - 1, first + child) * squared;
+    for (int64_t i = 0; i < dim; i++) keys[i] = key_sum[i] / (float)total;
+    for (int64_t i = 0; i < dim; i++) values[i] = value_sum[i] / (float)total;
+    return total;
+}
+
+/* Sum of the children's spreads around the node's mean, by their tokens. */
+static inline float spread_of_children(int64_t dim, const Tree *t, int64_t level, int64_t row,
+                                       int64_t node, const float *keys) {
+    const Level *of = t->level + level, *below = of - 1;
+    int64_t first = row * below->capacity;
+    float spread = 0.0f;
+    int64_t child = of->first[row * of->capacity + node];
+    for (; child >= 0; child = below->next[first + child]) {
+        const int8_t *key = below->key_mean + (first + child) * dim;
+        float scale = from_bfloat16(below->key_scale[first + child]), squared = 0.0f;
+        for (int64_t i = 0; i < dim; i++) {
+            float apart = (float)key[i] * scale - keys[i];
+            squared += apart * apart;
+        }
+        spread += (float)count_of(below, level - 1, first + child) *
+                  (from_bfloat16(below->spread[first + child]) + squared);
     }
+    return spread;
+}
+
+static inline void summarize_node_of(int64_t dim, Tree *t, int64_t level, int64_t row,
+                                     int64_t node) {
+    Level *of = t->level + level;
+    int64_t at = row * of->capacity + node;
+    float keys[MAX_DIM], values[MAX_DIM];
+    int64_t total = sum_children(dim, t, level, row, node, keys, values);
+    float spread = spread_of_children(dim, t, level, row, node, keys);
     ((int32_t *)of->count)[at] = (int32_t)total;
     quantize(keys, of->key_mean + at * dim, of->key_scale + at, dim);
     quantize(values, of->value_mean + at * dim, of->value_scale + at, dim);
     set_spread(of, at, dim, spread / (float)total);
+}
+
+/* Recompute a node from its children. */
+static inline void summarize_node(Tree *t, int64_t level, int64_t row, int64_t node, int64_t dim) {
+    BY_DIM(dim, summarize_node_of, t, level, row, node)
 }
 
 #endif
