@@ -13,7 +13,6 @@ from icecache.cache.flat import FlatTokens
 from icecache.cache.indexed import IndexedTokens
 from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import DTYPES
-from icecache.tree import native_adopt
 from icecache.tree.build import Leaves, build_leaves, siblings_native, siblings_together
 from icecache.tree.cluster import GroupRule
 from icecache.tree.native_group import group_native
@@ -190,12 +189,11 @@ def test_siblings_get_the_twins_numbers(num: int) -> None:
     assert torch.equal(found.parents, expected.parents)
 
 
-@pytest.mark.parametrize("module", [native_fill, native_adopt])
-def test_too_little_memory_is_said(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
-        icecache_fill = icecache_adopt = staticmethod(lambda *_: -1)
+        icecache_fill = staticmethod(lambda *_: -1)
 
     indexed = _empty(64, torch.float32, True, 1)
-    monkeypatch.setattr(module, "load", Full)
+    monkeypatch.setattr(native_fill, "load", Full)
     with pytest.raises(HostMemoryExceeded):
         indexed.add(_tokens(10, [2000], [0], 64, torch.float32))

@@ -202,7 +202,7 @@ class FusedStep:
         return self._tokens < self._config.most_dense_tokens
 
     def _is_steady(self, spans: list[Span]) -> bool:
-        """Whether sinks are full, and windows with the next token, so that one of each row leaves."""
+        """Whether sinks are full, and windows with the next token: one of each row leaves."""
         tail, sink = spans
         indexed = self.context.indexed
         return bool(
