@@ -95,6 +95,8 @@ class Stepping(ABC):
             if self._fused is None or self._fused.context is not context:
                 self._fused = FusedStep(self.config, context, self.num_kv_heads)
             if context.indexed is not None:
+                # what a prompt left over is built as `append` would build it
+                self._settle(self.config.window)
                 self._settle(self.config.window - 1)
             factor = self.head_dim**-0.5 if scaling is None else scaling
             new = NewToken(query, keys, values, factor, softcap)
