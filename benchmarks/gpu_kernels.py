@@ -64,7 +64,7 @@ def _errors(shape: CaseShape, device: torch.device, ops: ModuleType) -> dict[str
         return expected
 
     new = torch.randn(2, shape.rows, shape.head_dim).to(device, shape.dtype)
-    step = torch.ones(1, dtype=torch.int32, device=device)
+    step = torch.ones(1, dtype=torch.int64, device=device)
     most = min(shape.slots, 20)
     query = case.query.to(device)
     leaving = both("push", lambda o, c: o.push(c.fixed, *new), True)

@@ -1,5 +1,7 @@
 """Every exception that IceCache raises on purpose."""
 
+from typing import ClassVar
+
 __all__ = [
     "BackendUnavailable",
     "ConfigError",
@@ -8,6 +10,7 @@ __all__ = [
     "IceCacheError",
     "InputError",
     "IntegrityError",
+    "MemoryExceeded",
     "PoolExhausted",
     "QueueFull",
     "SnapshotMismatch",
@@ -60,8 +63,8 @@ class PoolExhausted(IceCacheError, RuntimeError):
         self.needed, self.free, self.total = needed, free, total
 
 
-class HostMemoryExceeded(IceCacheError, MemoryError):
-    """A call would take more host memory than there is; nothing was taken.
+class MemoryExceeded(IceCacheError, MemoryError):
+    """A call would take more memory than there is; nothing was taken.
 
     Parameters
     ----------
@@ -69,29 +72,28 @@ class HostMemoryExceeded(IceCacheError, MemoryError):
         Bytes asked for and bytes that may still be taken.
     """
 
+    _what: ClassVar[str]
+    _advice: ClassVar[str]
+
     def __init__(self, needed: int, free: int) -> None:
         super().__init__(
-            f"host memory: {needed:,} bytes needed, {free:,} bytes free; "
-            "shorten the context, close other caches or raise max_host_memory"
+            f"{self._what}: {needed:,} bytes needed, {free:,} bytes free; {self._advice}"
         )
         self.needed, self.free = needed, free
 
 
-class DeviceMemoryExceeded(IceCacheError, MemoryError):
-    """A call would take more of a device's memory than there is; nothing was taken.
+class HostMemoryExceeded(MemoryExceeded):
+    """A call would take more host memory than there is; nothing was taken."""
 
-    Parameters
-    ----------
-    needed, free : int
-        Bytes asked for and bytes that may still be taken.
-    """
+    _what = "host memory"
+    _advice = "shorten the context, close other caches or raise max_host_memory"
 
-    def __init__(self, needed: int, free: int) -> None:
-        super().__init__(
-            f"device memory: {needed:,} bytes needed, {free:,} bytes free; shorten the context, "
-            'lower device_slots, use larger leaves, or offload="host"'
-        )
-        self.needed, self.free = needed, free
+
+class DeviceMemoryExceeded(MemoryExceeded):
+    """A call would take more of a device's memory than there is; nothing was taken."""
+
+    _what = "device memory"
+    _advice = 'shorten the context, lower device_slots, use larger leaves, or offload="host"'
 
 
 class QueueFull(IceCacheError, RuntimeError):

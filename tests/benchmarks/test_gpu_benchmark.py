@@ -42,14 +42,14 @@ def test_a_cache_that_is_not_recorded_fails_its_case(
     row = json.loads(path.read_text())["rows"][0]
     assert row["graph_steps"] == 4 * max(1, gpu.SMOKE.steps // 4)
     monkeypatch.setattr(gpu_measure.Player, "graph_steps", lambda self: 0)
-    assert gpu.main(case) == 0
+    assert gpu.main(case) == 3
     reasons = [row["reason"] for row in json.loads(path.read_text())["left_out"]]
     assert reasons == ["RuntimeError: no step ran from a CUDA graph: the times are of other steps"]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    assert gpu.main(["--smoke", "--json", str(path), "--seconds", "1"]) == 0
+    assert gpu.main(["--smoke", "--json", str(path), "--seconds", "1"]) == 3
     report = json.loads(path.read_text())
     assert report["rows"] == []
     cases = {(row["case"], row["context"]) for row in report["left_out"]}
@@ -58,7 +58,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_fails_is_left_out_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str, *args: Any) -> Any:
         if name == "dynamic":
@@ -69,11 +69,24 @@ def test_a_cache_that_fails_is_left_out_and_the_others_go_on(
     monkeypatch.setattr(gpu, "make_player", fail)
     path = tmp_path / "gpu.json"
     caches = ["--caches", "dynamic", "icecache:none", "--contexts", "100"]
-    assert gpu.main(["--smoke", "--json", str(path), *caches]) == 0
+    assert gpu.main(["--smoke", "--json", str(path), *caches]) == 3
+    assert capsys.readouterr().err.endswith("2 of 4 cases were left out\n")
     report = json.loads(path.read_text())
     assert [row["case"] for row in report["rows"]] == ["icecache:none", "prefill icecache:host"]
     reasons = [row["reason"] for row in report["left_out"]]
     assert reasons == ["RuntimeError: out of memory"] * 2
+
+
+def test_what_the_command_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    right, wrong = {"passed": True}, {"passed": False}
+    content: dict[str, Any] = {"kernels": [right, right], "rows": [{}], "left_out": []}
+    assert gpu.outcome(content) == 0
+    assert capsys.readouterr().err == ""
+    assert gpu.outcome({**content, "left_out": [{}, {}]}) == 3
+    # whatever is missing beside it
+    assert gpu.outcome({**content, "left_out": [{}], "kernels": [right, wrong]}) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["2 of 3 cases were left out", "1 kernel checks failed: no figure counts"]
 
 
 def test_settings_of_the_command_line() -> None:

@@ -156,6 +156,25 @@ def test_host_memory_is_not_asked_for_where_pages_live_on_the_device(
         layer.prefill(*make_tokens(0, 2, 200))
 
 
+def test_steps_are_counted_past_31_bits() -> None:
+    """What gives way is the page that was used longest ago, also where the count gets large."""
+    layers = [small_layer(backend="twin", offload="host", device_slots=9) for _ in range(3)]
+    prompt = make_tokens(0, 1, 200)
+    for layer in layers:
+        layer.prefill(*prompt)
+        layer.settle()
+    most = most_selected(layers[0].config)
+    for layer, start in zip(layers, (0, (1 << 31) // (2 * most) - 6, (1 << 31) - 6), strict=True):
+        layer._held.index.step_number.fill_(start)
+    for number in range(12):
+        token, query = make_tokens(10 * number, 1, 1), make_query(number, 1, 4)
+        outs = [layer.step(query, *token) for layer in layers]
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    tables = [layer._held.index.pages.page_in_slot for layer in layers]
+    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
+    assert 0 < layers[0].stats().pages_fetched < layers[0].stats().pages_selected
+
+
 def test_positions_are_refused() -> None:
     layer = small_layer(backend="twin")
     layer.prefill(*make_tokens(0, 1, 60))

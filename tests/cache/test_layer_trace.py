@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,6 +58,8 @@ DEVICE_VARIANTS: dict[str, dict[str, Any]] = {
     "small room": {"max_context": 30, "leaf_size": 2, "leaf_target": 2},
     "whole pages": {"unit": "page"},
 }
+# more than a draft has been attended, and then as much as a draft is to be taken back
+PAST_A_DRAFT = [("append", 18), ("append", 7), ("attend", 8), ("crop", 3)]
 # leaves of one or two tokens: a row of a few hundred has levels, and inserts raise their tops
 DEEP: dict[str, Any] = {
     "leaf_size": 2,
@@ -98,7 +100,9 @@ def _append(talk: Conversation, num: int, lens: list[int]) -> None:
     talk.rows.append(tokens, mask)
     talk.latest = num
     kept = min(lens) if num > 1 else 0
-    talk.may_crop = min(kept, talk.layer.config.draft)
+    # what is longer than a draft may have left the window as soon as it has been attended
+    config = talk.layer.config
+    talk.may_crop = kept if num <= config.draft else min(kept, config.window)
 
 
 def _attend_one(talk: Conversation) -> None:
@@ -228,6 +232,7 @@ def test_random_conversations(trace: list[Step], first: int, backend: str) -> No
 
 @pytest.mark.parametrize("variant", DEVICE_VARIANTS)
 @settings(derandomize=True, deadline=None, max_examples=8)
+@example(trace=PAST_A_DRAFT, first=6)
 @given(trace=STEPS, first=st.integers(0, 1 << 12))
 def test_random_conversations_on_a_device(trace: list[Step], first: int, variant: str) -> None:
     _converse(trace, first, backend="twin", **DEVICE_VARIANTS[variant])
@@ -235,6 +240,7 @@ def test_random_conversations_on_a_device(trace: list[Step], first: int, variant
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tree"])
 @settings(derandomize=True, deadline=None, max_examples=25)
+@example(trace=PAST_A_DRAFT, first=6)
 @given(trace=STEPS, first=st.integers(0, 1 << 12))
 def test_random_conversations_of_variants(trace: list[Step], first: int, variant: str) -> None:
     _converse(trace, first, **VARIANTS[variant])

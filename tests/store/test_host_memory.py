@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icecache import IceCacheLayer
-from icecache.errors import HostMemoryExceeded
+from icecache.errors import DeviceMemoryExceeded, HostMemoryExceeded, MemoryExceeded
 from icecache.store import memory
 from icecache.store.memory import (
     available_host_bytes,
@@ -40,6 +40,20 @@ def test_exactly_what_is_free_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(HostMemoryExceeded) as caught:
         check_host_memory(1001)
     assert (caught.value.needed, caught.value.free) == (1001, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (HostMemoryExceeded, "host memory: .* or raise max_host_memory"),
+        (DeviceMemoryExceeded, 'device memory: .* or offload="host"'),
+    ],
+)
+def test_errors_say_which_memory_and_what_to_do(kind: type[MemoryExceeded], said: str) -> None:
+    with pytest.raises(MemoryError, match=said) as caught:
+        raise kind(2000, 1000)
+    assert isinstance(caught.value, MemoryExceeded)
+    assert "2,000 bytes needed, 1,000 bytes free" in str(caught.value)
 
 
 _FRAGMENTED = """

@@ -73,7 +73,7 @@ def text(model: str) -> list[int]:
     return ids
 
 
-def save_tiny(name: str, folder: Path) -> str:
+def save_tiny(name: str, folder: Path, **more: Any) -> str:
     """Save a random model of a family, four layers of two KV heads, and return its folder."""
     import torch
     import transformers
@@ -89,6 +89,7 @@ def save_tiny(name: str, folder: Path) -> str:
         head_dim=64,
         max_position_embeddings=1024,
         **({"sliding_window": 64} if name == "Gemma3Text" else {}),
+        **more,
     )
     if name == "Gemma3Text":
         config.layer_types = ["sliding_attention", "full_attention"] * 2

@@ -1,11 +1,13 @@
 """What needs no engine: versions, settings, who may run, whose memory is whose."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import vllm
 from conftest import fake_engine
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -16,6 +18,7 @@ from icecache.errors import BackendUnavailable, ConfigError, InputError, Unsuppo
 from icecache.store.reservations import Reservations
 from icecache_vllm.backend import IceBackend
 from icecache_vllm.blocks import IceManager, IceSpec
+from icecache_vllm.connector import IceCacheConnector
 from icecache_vllm.settings import Settings, check_engine, is_selected
 
 CACHE = IceCacheConfig(budget=64, sink=4, window=8)
@@ -84,15 +87,20 @@ def test_what_does_not_go_together_is_refused(
     part: str, name: str, value: object, said: str
 ) -> None:
     engine = fake_engine()
-    check_engine(engine, is_cpu=True)
+    check_engine(engine)
     setattr(getattr(engine, part) if part else engine, name, value)
     with pytest.raises(ConfigError, match=said):
-        check_engine(engine, is_cpu=True)
+        check_engine(engine)
 
 
-def test_accelerators_are_refused() -> None:
+def test_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM asks another backend for the layers, the connector says it."""
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False))
     with pytest.raises(ConfigError, match="an accelerator"):
-        check_engine(fake_engine(), is_cpu=False)
+        check_engine(fake_engine())
+    for role in base.KVConnectorRole:
+        with pytest.raises(ConfigError, match="an accelerator"):
+            IceCacheConnector(fake_engine(), role, SimpleNamespace(kv_cache_groups=[]))
 
 
 def test_full_attention_alone_gets_our_blocks() -> None:

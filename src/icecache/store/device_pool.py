@@ -57,7 +57,7 @@ class PoolShape(NamedTuple):
         if not self.offloads:
             return 0
         page = 2 * self.page_size * self.head_dim * self.dtype.itemsize
-        return self.rows * self.slots * (page + 8)
+        return self.rows * self.slots * (page + 12)
 
     @property
     def device_bytes(self) -> int:
@@ -150,7 +150,7 @@ class DevicePool:
             torch.zeros(rows, slots, 2, *token, dtype=self.shape.dtype, device=self.device),
             none(rows, pages),
             none(rows, slots),
-            none(rows, slots),
+            none(rows, slots).long(),
             torch.zeros(rows, 2, dtype=torch.int64, device=self.device),
         )
 

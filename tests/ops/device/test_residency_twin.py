@@ -9,6 +9,8 @@ from icecache.ops.device.testing import CaseShape, random_case
 from icecache.store.residency import LeastRecentlyUsed
 
 PAGES, MOST = 12, 4
+# steps from which a trace passes 31 bits: of what slots are stamped with, and of the steps
+STARTS = (0, (1 << 31) // (2 * MOST) - 8, (1 << 31) - 8)
 WANTED = st.lists(st.integers(0, PAGES - 1), unique=True, max_size=MOST)
 
 
@@ -17,8 +19,9 @@ WANTED = st.lists(st.integers(0, PAGES - 1), unique=True, max_size=MOST)
     num_slots=st.integers(MOST, 9),
     trace=st.lists(st.tuples(WANTED, WANTED), min_size=1, max_size=25),
     pace=st.integers(1, 3),
+    start=st.sampled_from(STARTS),
 )
-def test_slots_and_missing_pages_are_those_of_the_plain_rule(num_slots, trace, pace):
+def test_slots_and_missing_pages_are_those_of_the_plain_rule(num_slots, trace, pace, start):
     shape = CaseShape(kv_heads=2, head_dim=2, pages=PAGES, slots=num_slots)
     pages = random_case(shape).pages
     rows = [LeastRecentlyUsed(num_slots) for _ in range(2)]
@@ -26,7 +29,7 @@ def test_slots_and_missing_pages_are_those_of_the_plain_rule(num_slots, trace, p
         selected = torch.full((2, MOST), -1, dtype=torch.int32)
         for row, wanted in enumerate(step):
             selected[row, : len(wanted)] = torch.tensor(wanted, dtype=torch.int32)
-        counter = torch.tensor([pace * number], dtype=torch.int32)
+        counter = torch.tensor([start + pace * number], dtype=torch.int64)
         slots, missing = twin.resolve(selected, pages, counter)
         twin.gather(pages, slots, missing)
         for row, wanted in enumerate(step):

@@ -133,7 +133,7 @@ def test_one_step_is_the_references_attention(
     near = twin.attend_fixed(query, fixed, leaving, SCALING, softcap)
     scores = twin.score(query, tree, leaving, SCALING, softcap, 0.25)
     selected = select(twin.vote(scores, near, tree), tree, 25, 4)
-    slots, missing = twin.resolve(selected.pages, pages, torch.zeros(1, dtype=torch.int32))
+    slots, missing = twin.resolve(selected.pages, pages, torch.zeros(1, dtype=torch.int64))
     twin.gather(pages, slots, missing)
     exact = twin.attend_pages(query, pages, selected, slots, SCALING, softcap)
     out = twin.combine([near, exact, twin.attend_rest(scores, tree, selected)], sink_logits)

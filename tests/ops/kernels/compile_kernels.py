@@ -48,7 +48,7 @@ def compile_all(shape: CaseShape) -> dict[str, int]:
     votes = kernels.vote(scores, near, tree)
     kernels.select_pages(votes, tree, 200, shape.slots)
     selected = kernels.select_leaves(votes, tree, 200, shape.slots)
-    slots, missing = kernels.resolve(selected.pages, pages, torch.zeros(1, dtype=torch.int32))
+    slots, missing = kernels.resolve(selected.pages, pages, torch.zeros(1, dtype=torch.int64))
     kernels.gather(pages, slots, missing)
     exact = kernels.attend_pages(query, pages, selected, slots, 0.1, 30.0)
     rest = kernels.attend_rest(scores, tree, selected)

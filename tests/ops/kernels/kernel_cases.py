@@ -55,7 +55,7 @@ def step_of(
     # a page of each row is there already
     warm[:, 0] = case.tree.num_pages - 1
     pages = case.pages
-    slots, missing = twin.resolve(warm, pages, torch.zeros(1, dtype=torch.int32))
+    slots, missing = twin.resolve(warm, pages, torch.zeros(1, dtype=torch.int64))
     twin.gather(pages, slots, missing)
     new = torch.randn(2, shape.rows, shape.head_dim).to(device, shape.dtype)
     leaving = twin.push(case.fixed, *new)
@@ -64,7 +64,7 @@ def step_of(
     votes = twin.vote(scores, fixed, case.tree)
     select = twin.select_pages if by_pages else twin.select_leaves
     selected = select(votes, case.tree, 20, most)
-    slots, missing = twin.resolve(selected.pages, pages, torch.ones(1, dtype=torch.int32))
+    slots, missing = twin.resolve(selected.pages, pages, torch.ones(1, dtype=torch.int64))
     twin.gather(pages, slots, missing)
     made = (leaving, fixed, scores, votes, selected, slots, missing)
     return Step(case, shape, softcap, new, *made)

@@ -51,7 +51,7 @@ def test_with_room_for_all_a_trace_equals_full_attention(
         near = kernels.attend_fixed(query, fixed, leaving, SCALING, softcap)
         scores = kernels.score(query, tree, leaving, SCALING, softcap, 0.0)
         selected = select(kernels.vote(scores, near, tree), tree, 60, shape.slots)
-        counter = torch.tensor([number], dtype=torch.int32, device=device)
+        counter = torch.tensor([number], dtype=torch.int64, device=device)
         slots, missing = kernels.resolve(selected.pages, pages, counter)
         kernels.gather(pages, slots, missing)
         exact = kernels.attend_pages(query, pages, selected, slots, SCALING, softcap)
@@ -70,9 +70,11 @@ def test_with_room_for_all_a_trace_equals_full_attention(
         assert positions.tolist() == list(range(1, steps - 2))
 
 
+# the trace passes what 31 bits, and what the bits above a slot's number, count
+@pytest.mark.parametrize("start", [(1 << 31) // 6 - 5, (1 << 43) // 6 - 5])
 @FUZZ
 @given(seed=st.integers(0, 1 << 16), num_slots=st.integers(3, 6), steps=st.integers(9, 15))
-def test_slots_of_any_trace_are_the_twins(device, seed, num_slots, steps):
+def test_slots_of_any_trace_are_the_twins(device, seed, num_slots, steps, start):
     torch.manual_seed(seed)
     shape = CaseShape(kv_heads=5, head_dim=2, pages=7, slots=num_slots)
     pages = empty_case(shape).pages.to(device)
@@ -80,7 +82,7 @@ def test_slots_of_any_trace_are_the_twins(device, seed, num_slots, steps):
     for number in range(steps):
         wanted = torch.rand(shape.rows, shape.pages).argsort(1)[:, :3].int()
         wanted[:, 2] = torch.where(torch.rand(shape.rows) < 0.3, -1, wanted[:, 2])
-        counter = torch.tensor([number], dtype=torch.int32, device=device)
+        counter = torch.tensor([start + number], dtype=torch.int64, device=device)
         expected = twin.resolve(wanted.to(device), other, counter)
         for mine, theirs in zip(
             (*kernels.resolve(wanted.to(device), pages, counter), *pages[4:]),
@@ -125,7 +127,7 @@ def test_attended_pages_equal_the_hosts_after_any_trace(
         wanted = torch.where(wanted < tree.num_pages[:, None], wanted, -1).int()
         wanted = wanted.sort(dim=1, descending=True).values
         before = pages.to(device)
-        counter = torch.tensor([number], dtype=torch.int32, device=device)
+        counter = torch.tensor([number], dtype=torch.int64, device=device)
         slots, missing = kernels.resolve(wanted, pages, counter)
         for mine, theirs in zip((slots, missing), twin.resolve(wanted, before, counter)):
             assert_same(mine, theirs)

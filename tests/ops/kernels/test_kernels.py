@@ -13,7 +13,7 @@ from icecache.ops.device import twin
 from icecache.ops.device.bits import count_bits
 from icecache.ops.device.check import check_device_tree
 from icecache.ops.device.records import DevicePages, DeviceTree, Part, Selected
-from icecache.ops.device.testing import random_case
+from icecache.ops.device.testing import CaseShape, empty_case, random_case
 from icecache.ops.device.twin_insert import nearest_leaf
 
 # the interpreter computes bfloat16 wrongly
@@ -153,7 +153,7 @@ def test_resolve_and_gather(step: Step, device: torch.device) -> None:
         wanted = step.selected.pages
         wanted = wanted.flip(1) if number == 1 else wanted
         wanted = torch.where((wanted >= 0) & (wanted % 3 == number % 2), -1, wanted)
-        counter = torch.tensor([number + 1], dtype=torch.int32, device=device)
+        counter = torch.tensor([number + 1], dtype=torch.int64, device=device)
         expected, got = (
             twin.resolve(wanted, pages, counter),
             kernels.resolve(wanted, other, counter),
@@ -162,6 +162,23 @@ def test_resolve_and_gather(step: Step, device: torch.device) -> None:
         kernels.gather(other, *expected)
         for mine, theirs in zip((*got, *other), (*expected, *pages)):
             assert_same(mine, theirs)
+
+
+def test_resolve_compares_many_pages_with_many_slots(device: torch.device) -> None:
+    """As at a budget of eight hundred tokens: one tile of pages after the other."""
+    shape = CaseShape(kv_heads=3, head_dim=2, pages=320, slots=160)
+    pages = empty_case(shape).pages.to(device)
+    other = pages.to(device)
+    for number in range(3):
+        wanted = torch.rand(shape.rows, shape.pages).argsort(1)[:, :145].int().to(device)
+        # nothing, a few and all of them
+        wanted[0], wanted[1, number * 50 :] = -1, -1
+        counter = torch.tensor([number], device=device)
+        expected = twin.resolve(wanted, other, counter)
+        got = kernels.resolve(wanted, pages, counter)
+        for mine, theirs in zip((*got, *pages[4:]), (*expected, *other[4:])):
+            assert_same(mine, theirs)
+    assert 0 < int(pages.work[2, 1]) < int(pages.work[2, 0]) == 3 * 145
 
 
 @pytest.mark.parametrize("by_pages", [False, True], ids=["leaves", "pages"])
@@ -214,7 +231,7 @@ def test_what_an_op_cannot_do_is_refused(device: torch.device) -> None:
     wide = torch.full((step.shape.rows, step.shape.slots + 1), -1, dtype=torch.int32)
     for ops in (twin, kernels):
         with pytest.raises(InputError, match="must have a slot for each of the 6 pages"):
-            ops.resolve(wide, step.case.pages, torch.zeros(1, dtype=torch.int32))
+            ops.resolve(wide, step.case.pages, torch.zeros(1, dtype=torch.int64))
         with pytest.raises(InputError, match="one to three parts, got 0"):
             ops.combine([], None)
     many = torch.zeros(1, (1 << 20) + 1, dtype=torch.int64)

@@ -58,7 +58,7 @@ def test_a_recorded_step_gives_the_bits_of_an_eager_one(device: torch.device) ->
     layers = [copy_of(case, device) for _ in range(2)]
     held = [pinned(layer.pages, device) for layer in layers]
     layers = [layer._replace(pages=pages) for layer, (pages, _) in zip(layers, held)]
-    steps = [torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)]
+    steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
     for layer, step in zip(layers, steps):
         decode_step(layer, new, step)
     graph = torch.cuda.CUDAGraph()

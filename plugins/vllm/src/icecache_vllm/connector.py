@@ -17,7 +17,7 @@ from icecache.cache.granting import GrantedLayers, Report
 from icecache_vllm.blocks import IceManager, ice_specs
 from icecache_vllm.limits import check_groups, reservations_for
 from icecache_vllm.metrics import IceMetrics, IceStats
-from icecache_vllm.settings import Settings
+from icecache_vllm.settings import Settings, check_engine
 
 __all__ = ["IceCacheConnector", "Lifecycle"]
 
@@ -42,8 +42,9 @@ class IceCacheConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     Raises
     ------
     ConfigError
-        If the host memory limit cannot hold one request of ``max_model_len`` tokens, or prefix
-        caching is on for the layers that vLLM keeps.
+        If the engine has anything that IceCache does not go with, the host memory limit cannot
+        hold one request of ``max_model_len`` tokens, or prefix caching is on for the layers that
+        vLLM keeps.
     UnsupportedModel
         If no layer can be managed.
     """
@@ -55,6 +56,8 @@ class IceCacheConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         self, vllm_config: VllmConfig, role: base.KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        # accelerators never ask for our backend, which says so on a CPU
+        check_engine(vllm_config)
         settings, layers = Settings.of(vllm_config), ice_specs(kv_cache_config)
         check_groups(vllm_config, kv_cache_config, layers)
         if role is base.KVConnectorRole.SCHEDULER:
@@ -111,14 +114,12 @@ class IceCacheConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.layers.begin(request_id, block_ids)
 
     def get_kv_connector_stats(self) -> IceStats | None:
-        """Return this rank's report; the steps are rank 0's, for they are the same on all."""
-        if (
-            self.role is base.KVConnectorRole.SCHEDULER
-            or not self._get_connector_metadata().reports
-        ):
+        """Return this rank's report; a node's log says what its first rank did."""
+        schedules = self.role is base.KVConnectorRole.SCHEDULER
+        if schedules or not self._get_connector_metadata().reports:
             return None
         rank, report = get_tensor_model_parallel_rank(), self.layers.report()
-        if rank == 0:
+        if rank % self._vllm_config.parallel_config.local_world_size == 0:
             _log_ends(report)
         return IceStats.of(report, rank)
 

@@ -7,7 +7,6 @@ def __getattr__(name: str) -> Any:
     if name != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.config import get_current_vllm_config
-    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     from icecache_vllm.backend import IceBackend
@@ -16,5 +15,5 @@ def __getattr__(name: str) -> Any:
     config = get_current_vllm_config()
     if not is_selected(config):
         return CPUAttentionBackend
-    check_engine(config, is_cpu=current_platform.is_cpu())
+    check_engine(config)
     return IceBackend.configured(Settings.of(config))

@@ -43,12 +43,14 @@ def is_selected(config: VllmConfig) -> bool:
     return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
-def check_engine(config: VllmConfig, *, is_cpu: bool) -> None:
+def check_engine(config: VllmConfig) -> None:
     """Raise `ConfigError` on an engine with anything that IceCache does not go with."""
+    from vllm.platforms import current_platform
+
     parallel, dtype = config.parallel_config, config.cache_config.cache_dtype
     has_no_groups = config.scheduler_config.disable_hybrid_kv_cache_manager
     refused = {
-        "an accelerator": not is_cpu,
+        "an accelerator": not current_platform.is_cpu(),
         "Model Runner V2": config.use_v2_model_runner,
         "speculative decoding": config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

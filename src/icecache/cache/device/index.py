@@ -60,7 +60,7 @@ class DeviceIndex:
     window : DeviceWindow
     leaving : Leaving, optional
         What the latest token displaced, while it waits for its insert.
-    step_number : Tensor, shape [1], int32
+    step_number : Tensor, shape [1], int64
     is_torn : bool
         Whether a call was interrupted while it moved tokens.
     most_leaves, most_pages : int
@@ -79,7 +79,7 @@ class DeviceIndex:
         self._pool = DevicePool(self._shape_for(0, 0), settings.device)
         self._host_bytes = self._pool.shape.host_bytes
         with torch.inference_mode(False):
-            self.step_number = torch.zeros_like(self.window.fixed.lens[:1])
+            self.step_number = torch.zeros(1, dtype=torch.int64, device=settings.device)
 
     @property
     def tree(self) -> DeviceTree:

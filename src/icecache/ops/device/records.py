@@ -69,7 +69,7 @@ class DevicePages(NamedTuple):
     resident : shape [R, C, 2, T, D], the model's dtype
     slot_of_page : shape [R, P], int32. -1 for a page that is not resident.
     page_in_slot : shape [R, C], int32. -1 for a free slot.
-    last_used : shape [R, C], int32. Larger is later; never equal for two slots that hold pages.
+    last_used : shape [R, C], int64. Larger is later; never equal for two slots that hold pages.
     work : shape [R, 2], int64. Pages that `resolve` was asked for so far, and those that were
         missing.
     """

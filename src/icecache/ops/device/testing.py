@@ -113,7 +113,7 @@ def _empty_pages(shape: CaseShape) -> DevicePages:
             "resident": torch.full((rows, shape.slots, *record), math.nan, dtype=shape.dtype),
             "slot_of_page": torch.full((rows, shape.pages), -1, dtype=torch.int32),
             "page_in_slot": torch.full((rows, shape.slots), -1, dtype=torch.int32),
-            "last_used": torch.full((rows, shape.slots), 1 << 30, dtype=torch.int32),
+            "last_used": torch.full((rows, shape.slots), 1 << 60, dtype=torch.int64),
             "work": torch.zeros(rows, 2, dtype=torch.int64),
         }
     if shape.int8_pages:

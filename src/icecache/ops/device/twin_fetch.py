@@ -22,7 +22,7 @@ def resolve(selected: Tensor, pages: DevicePages, step: Tensor) -> tuple[Tensor,
         Distinct pages of a row, -1 where there is none.
     pages : DevicePages
         Its tables are changed; without slots there is nothing to do.
-    step : Tensor, shape [1], int32
+    step : Tensor, shape [1], int64
         Rises from call to call, by one or more.
 
     Returns
