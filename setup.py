@@ -14,14 +14,15 @@ setup(
             sources=[
                 f"src/icecache/ops/native/{name}.c"
                 for name in (
-                    *("search", "given", "row", "step", "dense", "decode", "path"),
-                    *("grow", "insert", "group", "pack", "fill", "products", "distances"),
+                    *("search", "descend", "given", "row", "remainder", "step"),
+                    *("dense", "decode", "path", "grow", "insert", "group", "pack"),
+                    *("fill", "products", "distances"),
                 )
             ],
             depends=[
                 f"src/icecache/ops/native/{name}.h"
                 for name in (
-                    *("layer", "vector", "search", "row", "step", "insert", "decode"),
+                    *("layer", "vector", "search", "row", "remainder", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
                     *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
                 )

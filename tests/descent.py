@@ -98,3 +98,9 @@ def slow_descent(
         children = children_of(tree, number, row)
         frontier = [child for node in expanded for child in children[node]]
     return Descent(frontier, far, scored)
+
+
+def heard(share: Tensor, least: float) -> Tensor:
+    """Return what entries weigh, shape [heads, n], without those below least / n for all heads."""
+    kept = share * (share >= least / max(1, share.shape[1])).any(0)
+    return kept * (share.sum(1) / kept.sum(1).clamp(min=1e-37))[:, None]

@@ -11,7 +11,7 @@ from icecache import IceCacheConfig, IceCacheLayer
 from icecache.cache.device.layer import DeviceLayer
 from icecache.cache.make import make_layer
 from icecache.ops.dispatch import resolve_backend
-from tests.descent import estimate, slow_descent
+from tests.descent import estimate, heard, slow_descent
 
 # small enough that a few dozen tokens reach every path
 SMALL = {
@@ -233,6 +233,7 @@ def slow_sparse(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    least: float = 0.03,
 ) -> Tensor:
     """Return what a sparse step must give, one head at a time: [batch, heads, 1, dim], float32.
 
@@ -261,7 +262,9 @@ def slow_sparse(
             values = torch.cat([values, torch.zeros(1, dim)])
         more, means = _estimates(layer, row, rest, *ask)
         share = torch.softmax(torch.cat([logits, more], 1), 1)
-        out[b, own, 0] = share @ torch.cat([values, means])
+        out[b, own, 0] = (
+            share[:, : len(values)] @ values + heard(share[:, len(values) :], least) @ means
+        )
     return out
 
 

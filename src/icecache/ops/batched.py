@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from icecache.ops.reference import NEGLIGIBLE
+
 __all__ = [
     "attend_dense",
     "attend_parts",
@@ -21,6 +23,7 @@ __all__ = [
 
 _BLOCK_QUERIES = 512
 _BLOCK_ELEMENTS = 1 << 26
+_TINY = 1e-37
 _FEW_ELEMENTS = 2048
 _FEW_MEMBERS = 64
 
@@ -216,8 +219,20 @@ def attend_parts(
     out = torch.bmm(share[..., :num_exact], values.float())
     if remainder_logits is not None and value_mean is not None and value_scale is not None:
         rest = share[..., num_exact : num_exact + remainder_logits.shape[2]]
+        rest = _keep_entries(rest, (remainder_logits[:, 0] > -math.inf).sum(1))
         out = torch.baddbmm(out, rest * value_scale.float()[:, None], value_mean.float())
     return out
+
+
+def _keep_entries(share: Tensor, num: Tensor) -> Tensor:
+    """Give the weight of entries that no head gives much to the others, head by head.
+
+    share: shape [rows, heads, entries], their part of all attention; num: [rows], int64, the
+    entries that are there. What is dropped is below `NEGLIGIBLE` of 1 / entries each.
+    """
+    least = NEGLIGIBLE / num.clamp(min=1).float()[:, None, None]
+    kept = share * (share.amax(1, keepdim=True) >= least)
+    return kept * (share.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=_TINY))
 
 
 def attend_dense(

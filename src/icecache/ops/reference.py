@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NEGLIGIBLE",
     "attend_dense",
     "attend_parts",
     "choose_within",
@@ -16,6 +17,8 @@ __all__ = [
     "sum_groups",
     "summarize",
 ]
+
+NEGLIGIBLE = 0.03
 
 
 def sum_groups(x: Tensor, ids: Tensor, num: int) -> Tensor:
@@ -132,27 +135,44 @@ def attend_parts(
 ) -> Tensor:
     """Attend exactly to keys and through summaries to the rest, in one softmax."""
     rows, heads, _ = query.shape
-    out = torch.empty(rows, heads, values.shape[2])
+    out = torch.zeros(rows, heads, values.shape[2])
     for r in range(rows):
+        k, v = keys[r][valid[r]].float(), values[r][valid[r]].float()
+        rest, means = torch.zeros(heads, 0), v[:0]
+        if remainder_logits is not None and value_mean is not None and value_scale is not None:
+            live = remainder_logits[r, 0] > -math.inf
+            rest = remainder_logits[r][:, live]
+            means = value_mean[r][live].float() * value_scale[r][live].float()[:, None]
+        exact_share, rest_share = torch.zeros(heads, k.shape[0]), torch.zeros(rest.shape)
         for g in range(heads):
-            k, v = keys[r][valid[r]].float(), values[r][valid[r]].float()
             logits = scaling * (k @ query[r, g].float())
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            if remainder_logits is not None and value_mean is not None and value_scale is not None:
-                live = remainder_logits[r, g] > -math.inf
-                logits = torch.cat([logits, remainder_logits[r, g][live]])
-                v = torch.cat(
-                    [v, value_mean[r][live].float() * value_scale[r][live].float()[:, None]]
-                )
+            logits = torch.cat([logits, rest[g]])
             if sink_logits is not None:
                 logits = torch.cat([logits, sink_logits[r, g].float()[None]])
-                v = torch.cat([v, torch.zeros(1, v.shape[1])])
-            if logits.numel() == 0:
-                out[r, g] = 0
-                continue
-            out[r, g] = torch.softmax(logits, 0) @ v
+            if logits.numel() > 0:
+                share = torch.softmax(logits, 0)
+                exact_share[g] = share[: k.shape[0]]
+                rest_share[g] = share[k.shape[0] : k.shape[0] + rest.shape[1]]
+        out[r] = exact_share @ v + keep_entries(rest_share) @ means
     return out
+
+
+def keep_entries(share: Tensor) -> Tensor:
+    """Give the weight of entries that no head gives much to the others, head by head.
+
+    share: shape [heads, entries], their part of all attention. What is dropped is below
+    `NEGLIGIBLE` of 1 / entries each, and most of many entries.
+    """
+    kept = torch.zeros(share.shape)
+    for i in range(share.shape[1]):
+        if float(share[:, i].max()) >= NEGLIGIBLE / share.shape[1]:
+            kept[:, i] = share[:, i]
+    for g in range(share.shape[0]):
+        if float(kept[g].sum()) > 0:
+            kept[g] *= share[g].sum() / kept[g].sum()
+    return kept
 
 
 def attend_dense(

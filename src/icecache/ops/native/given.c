@@ -48,7 +48,7 @@ int64_t icecache_take_given(const Shape *s, const Tree *t, const Pages *p, int64
             left--;
         }
         f->chosen[i] = left == 0;
-        float less = left && left < num ? logf((float)left) - f->log_count[i] : 0.0f;
+        float less = left && left < num ? logf((float)left / (float)num) : 0.0f;
         for (int64_t g = 0; g < s->heads && less < 0.0f; g++) f->logits[g * f->stride + i] += less;
     }
     free(marks);

@@ -10,9 +10,18 @@ typedef struct {
     int64_t heads, stride;
 } PerHead;
 
-/* out = dot products of queries [heads, dim] with the codes [*, dim] of entries id. */
-void icecache_dot_entries(int64_t dim, const float *query, const int8_t *codes, const int32_t *id,
-                          int64_t num, PerHead out);
+/* Entries to be multiplied, and what else of them will be read soon. */
+#define BESIDE 3
+typedef struct {
+    const int8_t *codes; /* [*, dim] */
+    const int32_t *id;   /* [known] */
+    int64_t num, known;  /* entries; those and the ones to come after them */
+    const void *beside[BESIDE];
+    int64_t size[BESIDE]; /* of an element, bytes */
+} Entries;
+
+/* out = dot products of queries [heads, dim] with entries. */
+void icecache_dot_entries(int64_t dim, const float *query, const Entries *e, PerHead out);
 
 /* out[i] = half the squared distance of a point from scale * codes of entry id[i], less what all
  * entries share; scales are bfloat16. */

@@ -8,10 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "products.h"
+#include "remainder.h"
 #include "vector.h"
-
-#define ENTRIES_AHEAD 64
 
 static inline void score_token(int64_t dim, const Shape *s, const float *query, const float *key,
                                float *logits, int64_t stride) {
@@ -40,32 +38,6 @@ static inline void attend_tokens(int64_t dim, const Shape *s, const void *data,
                  dim);
         for (int64_t g = 0; g < s->heads; g++)
             add_scaled(out + g * dim, weight[g * stride + k], value, dim);
-    }
-}
-
-/* Name the values of a block of entries, and ask for them. */
-static int64_t name_values(const Shape *s, const Tree *t, int64_t row, const Found *f, int64_t from,
-                           int64_t end, const int8_t **value) {
-    int64_t num = end - from < ENTRIES_AHEAD ? end - from : ENTRIES_AHEAD;
-    for (int64_t i = 0; i < num; i++) {
-        const Level *of = t->level + f->level[from + i];
-        value[i] = of->value_mean + (row * of->capacity + f->id[from + i]) * s->dim;
-        prefetch(value[i], s->dim);
-    }
-    return num > 0 ? num : 0;
-}
-
-/* Add the values of entries `from` to `end`; weights are 0 where chosen. */
-static void attend_entries(const Shape *s, const Tree *t, int64_t row, const Found *f, int64_t from,
-                           int64_t end, float *out) {
-    const int8_t *value[2][ENTRIES_AHEAD];
-    int64_t num = name_values(s, t, row, f, from, end, value[0]);
-    for (int64_t which = 0; num > 0; which ^= 1) {
-        int64_t next = name_values(s, t, row, f, from + num, end, value[which ^ 1]);
-        PerHead weight = {f->logits + from, s->heads, f->stride};
-        icecache_add_entries(s->dim, weight, value[which], num, out);
-        from += num;
-        num = next;
     }
 }
 
@@ -126,22 +98,8 @@ CLONES static void score_selected(const Shape *s, const Pages *p, const float *q
            e->logits + e->num_fixed, e->stride)
 }
 
-static inline void read_value_scales(const Tree *t, int64_t row, Found *f) {
-    if (f->is_flat) {
-        const uint16_t *scale = t->level[0].value_scale + row * t->level[0].capacity;
-        for (int64_t i = 0; i < f->num; i++) f->scale[i] = from_bfloat16(scale[i]);
-        return;
-    }
-    for (int64_t i = 0; i < f->num; i++) {
-        const Level *of = t->level + f->level[i];
-        f->scale[i] = from_bfloat16(of->value_scale[row * of->capacity + f->id[i]]);
-    }
-}
-
 /* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
-CLONES static void normalise(const Shape *s, const Tree *t, int64_t row, const float *sink_logits,
-                             Exact *e, Found *f) {
-    if (s->remainder) read_value_scales(t, row, f);
+CLONES static void normalise(const Shape *s, const float *sink_logits, Exact *e, Found *f) {
     for (int64_t g = 0; g < s->heads; g++) {
         float *exact = e->logits + g * e->stride, *rest = f->logits + g * f->stride;
         const float *co = f->correction + g * f->stride;
@@ -165,7 +123,7 @@ CLONES static void normalise(const Shape *s, const Tree *t, int64_t row, const f
         float scale = 1.0f / sum;
         for (int64_t k = 0; k < e->num; k++) exact[k] *= scale;
         if (s->remainder)
-            for (int64_t i = 0; i < f->num; i++) rest[i] *= scale * f->scale[i];
+            for (int64_t i = 0; i < f->num; i++) rest[i] *= scale;
     }
 }
 
@@ -200,7 +158,7 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 static int64_t most_selected(const Shape *s) { return s->room > 0 ? s->room : 0; }
 
 int64_t icecache_room_bytes(const Shape *s, int64_t entries, int64_t fixed) {
-    int64_t sums = num_blocks(entries) * s->heads * s->dim;
+    int64_t sums = num_added(entries) * s->heads * s->dim;
     int64_t floats = s->heads * (fixed + most_selected(s) + 1) + sums;
     return aligned(icecache_found_bytes(entries, s->heads) +
                    most_selected(s) * (int64_t)sizeof(int64_t) + floats * (int64_t)sizeof(float));
@@ -225,22 +183,23 @@ static const float *sinks_of(const Step *step, int64_t row) {
 }
 
 void icecache_begin_row(const Step *step, int64_t row, Room *room) {
-    const float *q = query_of(step, row);
-    score_fixed(step->shape, step->segments, step->num_segments, q, sinks_of(step, row), row,
-                &room->exact);
+    score_fixed(step->shape, step->segments, step->num_segments, query_of(step, row),
+                sinks_of(step, row), row, &room->exact);
     if (step->result->given)
         icecache_name_leaves(step->tree, row, &room->found);
     else
-        icecache_find_leaves(step->shape, step->tree, row, q, room->exact.lse, step->log_of,
-                             &room->found);
+        icecache_find_nodes(step, row, room->exact.lse, &room->found);
 }
 
-void icecache_score_block(const Step *step, int64_t row, int64_t block, Room *room) {
+void icecache_open_row(const Step *step, int64_t row, Room *room) {
+    icecache_open_nodes(step->shape, step->tree, row, &room->found);
+}
+
+void icecache_score_block(const Step *step, int64_t row, int64_t level, int64_t block, Room *room) {
     Found *f = &room->found;
     int64_t from = f->num_far + block * BLOCK, left = f->num - from;
-    if (left > 0)
-        icecache_score_leaves(step->shape, step->tree, row, query_of(step, row), step->log_of, from,
-                              left < BLOCK ? left : BLOCK, f);
+    if (f->at_level == level && left > 0)
+        icecache_score_entries(step, row, from, left < BLOCK ? left : BLOCK, f);
 }
 
 /* Choose tokens, or take those that are given; returns their number, -1 without memory. */
@@ -269,19 +228,17 @@ int icecache_select_row(const Step *step, int64_t row, Room *room) {
     /* infinite logits give weights of nothing, which look like numbers: make the output say so */
     int bad = 0;
     for (int64_t g = 0; g < s->heads; g++) bad |= overflowed(e->logits + g * e->stride, e->num);
-    normalise(s, step->tree, row, sinks_of(step, row), e, &room->found);
+    normalise(s, sinks_of(step, row), e, &room->found);
+    if (s->remainder) icecache_keep_entries(s, &room->found);
     if (bad) memset(e->logits, 0xff, sizeof(float) * (size_t)(s->heads * e->stride));
     return 0;
 }
 
 void icecache_add_block(const Step *step, int64_t row, int64_t block, Room *room) {
     const Shape *s = step->shape;
-    const Found *f = &room->found;
-    int64_t from = block * BLOCK, end = from + BLOCK < f->num ? from + BLOCK : f->num;
-    if (from >= end || !s->remainder) return;
-    float *sum = room->sums + block * s->heads * s->dim;
-    memset(sum, 0, sizeof(float) * (size_t)(s->heads * s->dim));
-    attend_entries(s, step->tree, row, f, from, end, sum);
+    if (s->remainder)
+        icecache_add_kept(s, step->tree, row, &room->found, block,
+                          room->sums + block * s->heads * s->dim);
 }
 
 void icecache_finish_row(const Step *step, int64_t row, Room *room) {
@@ -290,6 +247,6 @@ void icecache_finish_row(const Step *step, int64_t row, Room *room) {
     float *out = step->result->out + row * num;
     memset(out, 0, sizeof(float) * (size_t)num);
     attend_exact(step, row, &room->exact, out);
-    for (int64_t block = 0; s->remainder && block < num_blocks(room->found.num); block++)
+    for (int64_t block = 0; s->remainder && block < num_added(room->found.num_kept); block++)
         for (int64_t i = 0; i < num; i++) out[i] += room->sums[block * num + i];
 }

@@ -1,25 +1,11 @@
 /* One row's part of a decode step, in parts that several threads can share. In order: begin, every
- * block scored, select, every block added, finish. */
+ * block of level 1 scored, open, every block of level 0 scored, select, every block added, finish.
+ * Where there is no node to score, blocks of level 1 are empty, and there is nothing to open. */
 #ifndef ICECACHE_ROW_H
 #define ICECACHE_ROW_H
 
 #include "search.h"
 #include "step.h"
-
-/* Entries that are scored, and whose values are summed, at a time. Sums are added block by block
- * whoever made them, so that a result does not depend on the number of threads. */
-#define BLOCK 1024
-
-typedef struct {
-    const Shape *shape;
-    const Tree *tree;
-    const Pages *pages;
-    const Segment *segments;
-    int64_t num_segments;
-    const float *query, *sink_logits; /* [rows, heads, dim], [rows, heads] or null */
-    float log_of[256];                /* of the sizes of leaves */
-    Result *result;
-} Step;
 
 /* The tokens that a row attends exactly. */
 typedef struct {
@@ -33,7 +19,7 @@ typedef struct {
 typedef struct {
     Exact exact;
     Found found;
-    float *sums; /* [blocks, heads, dim] */
+    float *sums; /* [blocks of ADDED, heads, dim] */
 } Room;
 
 /* Bytes of a room for so many entries, and so many tokens of sink and window. */
@@ -41,7 +27,8 @@ int64_t icecache_room_bytes(const Shape *s, int64_t entries, int64_t fixed);
 void icecache_make_room(const Shape *s, int64_t entries, int64_t fixed, char *memory, Room *room);
 
 void icecache_begin_row(const Step *step, int64_t row, Room *room);
-void icecache_score_block(const Step *step, int64_t row, int64_t block, Room *room);
+void icecache_score_block(const Step *step, int64_t row, int64_t level, int64_t block, Room *room);
+void icecache_open_row(const Step *step, int64_t row, Room *room);
 int icecache_select_row(const Step *step, int64_t row, Room *room); /* -1 without memory */
 void icecache_add_block(const Step *step, int64_t row, int64_t block, Room *room);
 void icecache_finish_row(const Step *step, int64_t row, Room *room);

@@ -1,8 +1,6 @@
-/* Search one row of the tree: which nodes to expand, which leaves to attend.
+/* Score leaves and nodes by their summaries, and choose the leaves to attend exactly.
  *
- * A row of few leaves is scanned flat. Others are searched from the top: the nodes of a level are
- * scored by their summaries, the best `field_of_view` are expanded into their children, the rest
- * stays as it is, a far field. The plain twin is tree/search.py with attention/select.py.
+ * The plain twin is tree/search.py with attention/select.py; descend.c says what is scored.
  */
 #include "search.h"
 
@@ -14,74 +12,81 @@
 #include "vector.h"
 
 #define SAMPLED 128
-#define NODES_AHEAD 12
 
-static int64_t top_level(const Tree *t, int64_t row) {
-    int64_t level = 0;
-    while (level + 1 < t->num_levels && t->level[level + 1].num[row] > 0) level++;
-    return level;
-}
+/* What stands beside the means of a block of entries. */
+typedef struct {
+    float scale[BLOCK], spread[BLOCK], log_count[BLOCK];
+} Beside;
 
-static int is_flat(const Shape *s, const Tree *t, int64_t row) {
-    return t->level[0].num[row] <= s->crossover || top_level(t, row) == 0;
-}
-
-/* What stands beside the means, of all leaves of a row: vector code, unlike the general loop. */
+/* Of all leaves of a row: vector code, unlike the general loop. */
 static inline void read_all_leaves(const Level *leaves, int64_t first, int64_t num, float scaling,
-                                   const float *log_of, Found *f, int64_t from) {
+                                   const float *log_of, float *counts, Beside *b) {
     const uint16_t *scale = leaves->key_scale + first, *spread = leaves->spread + first;
     const uint8_t *count = (const uint8_t *)leaves->count + first;
-    for (int64_t i = 0; i < num; i++) f->scale[from + i] = scaling * from_bfloat16(scale[i]);
-    for (int64_t i = 0; i < num; i++) f->spread[from + i] = from_bfloat16(spread[i]);
-    for (int64_t i = 0; i < num; i++) f->count[from + i] = (float)count[i];
-    for (int64_t i = 0; i < num; i++) f->log_count[from + i] = log_of[count[i]];
+    for (int64_t i = 0; i < num; i++) b->scale[i] = scaling * from_bfloat16(scale[i]);
+    for (int64_t i = 0; i < num; i++) b->spread[i] = from_bfloat16(spread[i]);
+    for (int64_t i = 0; i < num; i++) counts[i] = (float)count[i];
+    for (int64_t i = 0; i < num; i++) b->log_count[i] = log_of[count[i]];
 }
 
-/* Logits and corrections of entries `from` on, whose ids are given. */
-CLONES static void score(const Shape *s, const Tree *t, int64_t level, int64_t row,
-                         const float *query, const float *log_of, int64_t from, int64_t num,
-                         Found *f) {
-    const Level *of = t->level + level;
-    int64_t first = row * of->capacity;
-    const float largest = level ? LARGEST_NODE_CORRECTION : LARGEST_LEAF_CORRECTION;
-    int32_t *id = f->id + from;
-    memset(f->level + from, (int)level, (size_t)num);
-    PerHead logits = {f->logits + from, s->heads, f->stride};
-    icecache_dot_entries(s->dim, query, of->key_mean + first * s->dim, id, num, logits);
-    if (f->is_flat) {
-        read_all_leaves(of, first + from, num, s->scaling, log_of, f, from);
-    } else {
-        for (int64_t i = 0; i < num; i++) {
-            int64_t at = first + id[i], count = count_of(of, level, at);
-            f->count[from + i] = (float)count;
-            f->scale[from + i] = s->scaling * from_bfloat16(of->key_scale[at]);
-            f->spread[from + i] = from_bfloat16(of->spread[at]);
-            f->log_count[from + i] = count <= s->leaf_size ? log_of[count] : logf((float)count);
-        }
+static inline void read_entries(const Step *step, int64_t level, int64_t first, const int32_t *id,
+                                int64_t num, float *counts, Beside *b) {
+    const Level *of = step->tree->level + level;
+    for (int64_t i = 0; i < num; i++) {
+        int64_t at = first + id[i], count = count_of(of, level, at);
+        counts[i] = (float)count;
+        b->scale[i] = step->shape->scaling * from_bfloat16(of->key_scale[at]);
+        b->spread[i] = from_bfloat16(of->spread[at]);
+        b->log_count[i] = count < LOGS ? step->log_of[count] : logf((float)count);
     }
-    const float *scale = f->scale + from, *spread = f->spread + from, *more = f->log_count + from;
+}
+
+/* Logits and corrections of at most BLOCK entries from `from` on, whose ids are given. */
+CLONES static void score(const Step *step, int64_t row, int64_t from, int64_t num, Found *f) {
+    const Shape *s = step->shape;
+    const Level *of = step->tree->level + f->at_level;
+    const float *query = step->query + row * s->heads * s->dim;
+    int64_t first = row * of->capacity;
+    const float largest = f->at_level ? LARGEST_NODE_CORRECTION : LARGEST_LEAF_CORRECTION;
+    Beside b;
+    memset(f->level + from, (int)f->at_level, (size_t)num);
+    PerHead logits = {f->logits + from, s->heads, f->stride};
+    int64_t count_size = f->at_level ? 4 : 1;
+    const char *counts = (const char *)of->count + first * count_size;
+    Entries entries = {of->key_mean + first * s->dim, f->id + from, num, f->num - from,
+                       {counts, of->key_scale + first, of->spread + first}, {count_size, 2, 2}};
+    icecache_dot_entries(s->dim, query, &entries, logits);
+    if (f->is_flat)
+        read_all_leaves(of, first + from, num, s->scaling, step->log_of, f->count + from, &b);
+    else
+        read_entries(step, f->at_level, first, f->id + from, num, f->count + from, &b);
     for (int64_t g = 0; g < s->heads; g++) {
         const float *q = query + g * s->dim;
         float half_norm = 0.5f * s->scaling * s->scaling / (float)s->dim * dot(q, q, s->dim);
-        float centre = s->scaling * dot(q, t->centre + row * s->dim, s->dim);
+        float centre = s->scaling * dot(q, step->tree->centre + row * s->dim, s->dim);
         float *logit = f->logits + g * f->stride + from;
         float *correction = f->correction + g * f->stride + from;
         if (s->softcap <= 0.0f) {
             for (int64_t i = 0; i < num; i++) {
-                float second = half_norm * spread[i];
-                logit[i] = scale[i] * logit[i] + (centre + more[i]);
+                float second = half_norm * b.spread[i];
+                logit[i] = b.scale[i] * logit[i] + (centre + b.log_count[i]);
                 correction[i] = second < largest ? second : largest;
             }
         } else {
             for (int64_t i = 0; i < num; i++) {
-                float squashed = tanhf((scale[i] * logit[i] + centre) / s->softcap);
+                float squashed = tanhf((b.scale[i] * logit[i] + centre) / s->softcap);
                 float slope = 1.0f - squashed * squashed;
-                float second = half_norm * spread[i] * slope * slope;
-                logit[i] = s->softcap * squashed + more[i];
+                float second = half_norm * b.spread[i] * slope * slope;
+                logit[i] = s->softcap * squashed + b.log_count[i];
                 correction[i] = second < largest ? second : largest;
             }
         }
     }
+}
+
+void icecache_score_entries(const Step *step, int64_t row, int64_t from, int64_t num, Found *f) {
+    for (; num > 0; from += BLOCK, num -= BLOCK)
+        score(step, row, from, num < BLOCK ? num : BLOCK, f);
 }
 
 /* Summed over heads: an entry's share of all attention, times how wrong its estimate may be. */
@@ -106,18 +111,6 @@ CLONES static void weigh(const Shape *s, Found *f, int64_t from, int64_t num) {
     }
 }
 
-/* Add the attention of entries that will not be looked at again to what is beside the others. */
-CLONES static void set_aside(const Shape *s, Found *f, int64_t from, int64_t num) {
-    for (int64_t g = 0; g < s->heads && num > 0; g++) {
-        const float *lg = f->logits + g * f->stride + from;
-        const float *co = f->correction + g * f->stride + from;
-        float top = f->lse[g], sum = 0.0f;
-        for (int64_t i = 0; i < num; i++) top = larger(top, lg[i] + co[i]);
-        for (int64_t i = 0; i < num; i++) sum += exponential(lg[i] + co[i] - top);
-        f->lse[g] = top + logf(sum + exponential(f->lse[g] - top));
-    }
-}
-
 /* Candidates worth at least `least`, of every `stride`th entry; returns their number. */
 static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride, float least) {
     int64_t kept = 0;
@@ -128,9 +121,7 @@ static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride, floa
     return kept;
 }
 
-/* Collect all candidates that are worth at least as much as about the `want`th best, which a
- * sample shows: few of many are ever put in order. */
-static int64_t collect_best(Found *f, int64_t from, int64_t num, int64_t want) {
+int64_t icecache_collect_best(Found *f, int64_t from, int64_t num, int64_t want) {
     int64_t rank = want * SAMPLED / num;
     if (num < 8 * SAMPLED || rank >= SAMPLED / 2) return collect(f, from, num, 1, -1.0f);
     int64_t sampled = collect(f, from, num, num / SAMPLED, -1.0f);
@@ -141,55 +132,8 @@ static int64_t collect_best(Found *f, int64_t from, int64_t num, int64_t want) {
     return collect(f, from, num, 1, least);
 }
 
-/* Append the children of the chosen entries `from` on. A node's children lie together, but those
- * of two nodes do not: what is read of them is asked for ahead. */
-static int64_t append_children(const Shape *s, const Tree *t, int64_t level, int64_t row,
-                               int64_t from, int64_t num, Found *f) {
-    const Level *of = t->level + level, *below = of - 1;
-    const int32_t *first = of->first + row * of->capacity;
-    int64_t row_below = row * below->capacity, nodes = 0, children = 0;
-    Candidate *node = f->candidates;
-    for (int64_t i = 0; i < num; i++) {
-        node[nodes].id = f->id[from + i];
-        nodes += f->chosen[from + i];
-    }
-    for (int64_t i = 0; i < nodes; i++) {
-        if (i + 2 * NODES_AHEAD < nodes) prefetch(first + node[i + 2 * NODES_AHEAD].id, 4);
-        if (i + NODES_AHEAD < nodes)
-            prefetch(below->next + row_below + first[node[i + NODES_AHEAD].id], 4);
-        for (int32_t child = first[node[i].id]; child >= 0; child = below->next[row_below + child]) {
-            int64_t at = row_below + child;
-            prefetch(below->key_mean + at * s->dim, s->dim);
-            prefetch(below->key_scale + at, 2);
-            prefetch(below->value_scale + at, 2);
-            prefetch(below->spread + at, 2);
-            prefetch((const char *)below->count + at * (level > 1 ? 4 : 1), 1);
-            f->frontier[children++] = child;
-        }
-    }
-    return children;
-}
-
-/* Score the nodes of a level and expand the best; returns the number of children. */
-static int64_t expand(const Shape *s, const Tree *t, int64_t level, int64_t row,
-                      const float *query, const float *log_of, int64_t num, Found *f) {
-    int64_t from = f->num_far, field = level > 1 ? (s->field_of_view + 1) / 2 : s->field_of_view;
-    memset(f->chosen + from, num <= field, (size_t)num);
-    if (num <= field) return append_children(s, t, level, row, from, num, f);
-    score(s, t, level, row, query, log_of, from, num, f);
-    f->nodes_scored += num;
-    f->num_far += num;
-    weigh(s, f, from, num);
-    int64_t candidates = collect_best(f, from, num, field);
-    if (candidates < field) candidates = collect(f, from, num, 1, -1.0f);
-    select_best(f->candidates, candidates, field);
-    for (int64_t i = 0; i < field; i++) {
-        int64_t at = from + f->candidates[i].entry;
-        f->chosen[at] = 1;
-        for (int64_t g = 0; g < s->heads; g++) f->logits[g * f->stride + at] = -1e30f;
-    }
-    set_aside(s, f, from, num);
-    return append_children(s, t, level, row, from, num, f);
+int64_t icecache_collect_all(Found *f, int64_t from, int64_t num) {
+    return collect(f, from, num, 1, -1.0f);
 }
 
 /* Take leaves from the best down, of the `room` best whatever still fits; returns whether `num`
@@ -222,58 +166,19 @@ static void choose(const Shape *s, Found *f, int64_t num) {
     weigh(s, f, from, num);
     for (int64_t i = 0; i < num; i++) f->worth[i] /= f->count[from + i];
     /* half the room: the best leaves mostly have two tokens or more */
-    if (take_best(s, f, collect_best(f, from, num, s->room / 2), num)) return;
+    if (take_best(s, f, icecache_collect_best(f, from, num, s->room / 2), num)) return;
     memset(f->chosen + from, 0, (size_t)num);
     take_best(s, f, collect(f, from, num, 1, -1.0f), num);
 }
 
-void icecache_find_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
-                          const float *fixed_lse, const float *log_of, Found *f) {
-    f->is_flat = is_flat(s, t, row);
-    int64_t level = f->is_flat ? 0 : top_level(t, row), num = t->level[level].num[row];
-    f->num_far = f->nodes_scored = 0;
-    memcpy(f->lse, fixed_lse, sizeof(float) * (size_t)s->heads);
-    for (int64_t i = 0; i < num; i++) f->id[i] = (int32_t)i;
-    for (; level > 0; level--) {
-        num = expand(s, t, level, row, query, log_of, num, f);
-        memcpy(f->id + f->num_far, f->frontier, sizeof(int32_t) * (size_t)num);
-    }
-    f->num = f->num_far + num;
-}
-
-void icecache_score_leaves(const Shape *s, const Tree *t, int64_t row, const float *query,
-                           const float *log_of, int64_t from, int64_t num, Found *f) {
-    score(s, t, 0, row, query, log_of, from, num, f);
-}
+void icecache_weigh(const Shape *s, Found *f, int64_t from, int64_t num) { weigh(s, f, from, num); }
 
 void icecache_choose_leaves(const Shape *s, Found *f) { choose(s, f, f->num - f->num_far); }
-
-void icecache_name_leaves(const Tree *t, int64_t row, Found *f) {
-    f->is_flat = 1;
-    f->num_far = f->nodes_scored = 0;
-    f->num = t->level[0].num[row];
-    for (int64_t i = 0; i < f->num; i++) f->id[i] = (int32_t)i;
-    memset(f->chosen, 0, (size_t)f->num);
-}
-
-int64_t icecache_most_entries(const Shape *s, const Tree *t) {
-    int64_t most = 1, children = s->field_of_view * s->most_children;
-    for (int64_t row = 0; row < s->rows; row++) {
-        int64_t level = is_flat(s, t, row) ? 0 : top_level(t, row);
-        int64_t entries = t->level[level].num[row];
-        while (level-- > 0) {
-            int64_t num = t->level[level].num[row];
-            entries += num < children ? num : children;
-        }
-        most = entries > most ? entries : most;
-    }
-    return most;
-}
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 int64_t icecache_found_bytes(int64_t stride, int64_t heads) {
-    return aligned((2 * heads + 6) * stride * (int64_t)sizeof(float)) +
+    return aligned((2 * heads + 3) * stride * (int64_t)sizeof(float)) +
            aligned(heads * (int64_t)sizeof(float)) + aligned(2 * stride * (int64_t)sizeof(int32_t)) +
            aligned(stride * (int64_t)sizeof(Candidate)) + aligned(2 * stride) + 64;
 }
@@ -283,13 +188,13 @@ void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads) {
     f->stride = stride;
     f->logits = (float *)at;
     f->correction = f->logits + heads * stride;
-    float **arrays[] = {&f->count, &f->scale, &f->spread, &f->log_count, &f->worth, &f->share};
-    for (int64_t i = 0; i < 6; i++) *arrays[i] = f->correction + (heads + i) * stride;
-    at += aligned((2 * heads + 6) * stride * (int64_t)sizeof(float));
+    float **arrays[] = {&f->count, &f->worth, &f->share};
+    for (int64_t i = 0; i < 3; i++) *arrays[i] = f->correction + (heads + i) * stride;
+    at += aligned((2 * heads + 3) * stride * (int64_t)sizeof(float));
     f->lse = (float *)at;
     at += aligned(heads * (int64_t)sizeof(float));
     f->id = (int32_t *)at;
-    f->frontier = f->id + stride;
+    f->frontier = f->kept = f->id + stride;
     at += aligned(2 * stride * (int64_t)sizeof(int32_t));
     f->candidates = (Candidate *)at;
     at += aligned(stride * (int64_t)sizeof(Candidate));

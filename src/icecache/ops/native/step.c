@@ -10,6 +10,7 @@
 
 #include "decode.h"
 #include "layer.h"
+#include "remainder.h"
 #include "row.h"
 #include "vector.h"
 
@@ -32,7 +33,9 @@ typedef struct {
     const Then *then;
     uint8_t *attended; /* [rows], until a thread takes the row up again */
     Room *rooms; /* [num_rooms], of rows where there is one for each, else of threads */
-    int64_t num_rooms, alone, shared, blocks, nodes, leaves, failed;
+    int64_t num_rooms, alone, shared, descends;
+    int64_t blocks, sums; /* of a shared row at most */
+    int64_t nodes, leaves, failed;
 } Work;
 
 static void count(Work *w, const Room *room) {
@@ -54,19 +57,34 @@ static void fail(Work *w) {
 }
 
 static void attend_row(Work *w, int64_t row) {
-    Room *room = w->rooms + (w->num_rooms < w->step.shape->rows ? this_thread() : row);
-    icecache_begin_row(&w->step, row, room);
-    int64_t blocks = num_blocks(room->found.num);
-    for (int64_t block = 0; block < blocks; block++)
-        icecache_score_block(&w->step, row, block, room);
+    const Step *step = &w->step;
+    Room *room = w->rooms + (w->num_rooms < step->shape->rows ? this_thread() : row);
+    icecache_begin_row(step, row, room);
+    for (int64_t level = 1; level >= 0; level--) {
+        for (int64_t block = 0; block < num_blocks(room->found.num); block++)
+            icecache_score_block(step, row, level, block, room);
+        if (level) icecache_open_row(step, row, room);
+    }
     count(w, room);
-    if (icecache_select_row(&w->step, row, room)) {
+    if (icecache_select_row(step, row, room)) {
         fail(w);
         return;
     }
-    if (!w->step.result->out) return;
-    for (int64_t block = 0; block < blocks; block++) icecache_add_block(&w->step, row, block, room);
-    icecache_finish_row(&w->step, row, room);
+    if (!step->result->out) return;
+    for (int64_t block = 0; block < num_added(room->found.num_kept); block++)
+        icecache_add_block(step, row, block, room);
+    icecache_finish_row(step, row, room);
+}
+
+/* Score what the shared rows look at, a block a time. */
+static void score_shared(Work *w, int64_t level) {
+#if defined(_OPENMP)
+#pragma omp for schedule(static, 1)
+#endif
+    for (int64_t part = 0; part < w->shared * w->blocks; part++) {
+        int64_t i = part / w->blocks;
+        icecache_score_block(&w->step, w->alone + i, level, part % w->blocks, w->rooms + i);
+    }
 }
 
 static void mark_attended(Work *w, int64_t row) {
@@ -84,18 +102,18 @@ static void go_on(Work *w) {
 /* Every loop ends with all threads waiting for each other: the parts of a row are in order. */
 static void attend_shared(Work *w) {
     const Step *step = &w->step;
-    int64_t parts = w->shared * w->blocks;
 #if defined(_OPENMP)
 #pragma omp for schedule(static, 1)
 #endif
     for (int64_t i = 0; i < w->shared; i++) icecache_begin_row(step, w->alone + i, w->rooms + i);
+    if (w->descends) {
+        score_shared(w, 1);
 #if defined(_OPENMP)
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)
 #endif
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t i = part / w->blocks;
-        icecache_score_block(step, w->alone + i, part % w->blocks, w->rooms + i);
+        for (int64_t i = 0; i < w->shared; i++) icecache_open_row(step, w->alone + i, w->rooms + i);
     }
+    score_shared(w, 0);
 #if defined(_OPENMP)
 #pragma omp for schedule(static, 1)
 #endif
@@ -105,11 +123,11 @@ static void attend_shared(Work *w) {
     }
     if (w->failed || !step->result->out) return;
 #if defined(_OPENMP)
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)
 #endif
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t i = part / w->blocks;
-        icecache_add_block(step, w->alone + i, part % w->blocks, w->rooms + i);
+    for (int64_t part = 0; part < w->shared * w->sums; part++) {
+        int64_t i = part / w->sums;
+        icecache_add_block(step, w->alone + i, part % w->sums, w->rooms + i);
     }
 #if defined(_OPENMP)
 #pragma omp for schedule(static, 1)
@@ -173,9 +191,12 @@ int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pag
               .then = then,
               .num_rooms = threads < s->rows ? threads : s->rows,
               .shared = entries < LEAST_SHARED ? 0 : s->rows % threads,
-              .blocks = num_blocks(entries)};
+              .descends = icecache_descends(s, tree),
+              .blocks = num_blocks(entries),
+              .sums = num_added(entries)};
     w.alone = s->rows - w.shared;
-    for (int64_t i = 1; i <= s->leaf_size && i < 256; i++) w.step.log_of[i] = logf((float)i);
+    int64_t logs = w.descends ? LOGS - 1 : s->leaf_size;
+    for (int64_t i = 1; i <= logs && i < LOGS; i++) w.step.log_of[i] = logf((float)i);
     w.rooms = make_rooms(&w.step, entries, w.num_rooms);
     w.attended = calloc((size_t)s->rows, 1);
     if (w.rooms && w.attended) attend_rows(&w, threads);
