@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icecache import IceCacheConfig, IceCacheLayer
 from icecache.errors import ConfigError, InputError
+from tests.descent import heard
 from tests.helpers import FAST_BACKENDS, clustered, largest_error, poison
 
 HEADS, GROUP, DIM, TOKENS = 2, 3, 16, 300
@@ -53,6 +54,8 @@ def _expected(
         exact = {*range(config.sink), *range(num - config.window, num)}
         exact |= {p for p in positions[row].tolist() if config.sink <= p < num - config.window}
         s = leaves.at(row, torch.arange(int(leaves.num[row])))
+        shares: list[Tensor] = []
+        parts: list[Tensor] = []
         for head in range(GROUP):
             q = query[row // HEADS, row % HEADS * GROUP + head, 0].double()
             logits = [SCALING * float(q @ keys[p]) for p in sorted(exact)]
@@ -72,8 +75,9 @@ def _expected(
                     logit, second = softcap * math.tanh(logit / softcap), second * slope**2
                 logits.append(logit + math.log(len(left)) + config.spread_weight * min(second, 2.0))
                 parts.append(s.values()[leaf].double())
-            share = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
-            out[row, head] = share @ torch.stack(parts)
+            shares.append(torch.softmax(torch.tensor(logits, dtype=torch.float64), 0))
+        share, value, num = torch.stack(shares), torch.stack(parts), len(exact)
+        out[row] = share[:, :num] @ value[:num] + heard(share[:, num:], 0.03) @ value[num:]
     return out.view(2, HEADS * GROUP, 1, DIM)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "NEGLIGIBLE",
     "attend_dense",
     "attend_parts",
     "choose_within",
