@@ -101,7 +101,7 @@ void icecache_find_nodes(const Step *step, int64_t row, const float *fixed_lse, 
     const Tree *t = step->tree;
     f->is_flat = is_flat(s, t, row);
     f->at_level = f->is_flat ? 0 : top_level(t, row);
-    f->num_far = f->nodes_scored = 0;
+    f->num_far = f->num_kept = f->nodes_scored = 0;
     f->num = t->level[f->at_level].num[row];
     memcpy(f->lse, fixed_lse, sizeof(float) * (size_t)s->heads);
     for (int64_t i = 0; i < f->num; i++) f->id[i] = (int32_t)i;
@@ -120,7 +120,7 @@ void icecache_find_nodes(const Step *step, int64_t row, const float *fixed_lse, 
 
 void icecache_name_leaves(const Tree *t, int64_t row, Found *f) {
     f->is_flat = 1;
-    f->at_level = f->num_far = f->nodes_scored = 0;
+    f->at_level = f->num_far = f->num_kept = f->nodes_scored = 0;
     f->num = t->level[0].num[row];
     for (int64_t i = 0; i < f->num; i++) f->id[i] = (int32_t)i;
     memset(f->chosen, 0, (size_t)f->num);
