@@ -47,8 +47,13 @@ def _run(layer: IceCacheLayer, threads: int) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"crossover": 0, "field_of_view": 200}, {"remainder": False}],
-    ids=["scan", "descent", "no remainder"],
+    [
+        {},
+        {"crossover": 0, "field_of_view": 200},
+        {"crossover": 0, "field_of_view": 1500, "fan_out": 3},
+        {"remainder": False},
+    ],
+    ids=["scan", "descent", "descent over blocks of nodes", "no remainder"],
 )
 def test_rows_that_threads_share(settings: dict[str, object]) -> None:
     alone, truth = _run(_make_layer(**settings), 1)

@@ -13,7 +13,14 @@ __all__ = ["Stepping"]
 
 
 class Stepping(ABC):
-    """The part of `IceCacheLayer` that takes decode steps."""
+    """The part of `IceCacheLayer` that takes decode steps.
+
+    Attributes
+    ----------
+    keeps_window : bool, default False
+        Let the oldest of a full window stay until the next token comes, so that `search` says what
+        the latest step selected and `crop` reaches as far as the window. Steps take longer.
+    """
 
     config: IceCacheConfig
     num_kv_heads: int
@@ -22,6 +29,7 @@ class Stepping(ABC):
     _counters: Counters
     _unsettled: int
     _fused: FusedStep | None = None
+    keeps_window: bool = False
 
     @property
     @abstractmethod
@@ -68,7 +76,7 @@ class Stepping(ABC):
         """Take in a token of each row, and attend its query: `append`, then `attend`.
 
         The same result for less: where it can be, both are one compiled call. The oldest token of
-        a full window enters the tree afterwards and not with the next token.
+        a full window enters the tree afterwards and not with the next token (`keeps_window`).
 
         Parameters
         ----------
@@ -90,6 +98,7 @@ class Stepping(ABC):
         context = self._context
         # learned sinks, limits of memory and shared selections are the twin's
         can_fuse = sink_logits is None and self.config.max_host_memory is None
+        can_fuse = can_fuse and not self.keeps_window
         is_alone = self.config.layer_reuse == 1 or context is None or context.indexed is None
         if context is not None and self._backend == "native" and can_fuse and is_alone:
             if self._fused is None or self._fused.context is not context:
@@ -112,7 +121,7 @@ class Stepping(ABC):
         self.append(keys, values)
         try:
             out = self.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
-            if self.phase is Phase.INDEXED:
+            if self.phase is Phase.INDEXED and not self.keeps_window:
                 self._settle(self.config.window - 1)
             return out
         except BaseException:

@@ -76,6 +76,10 @@ class IceCacheMethod(Method):
             icecache_attention(
                 modules.get(index, stand_in), latest, keys, values, None, scaling=prompt.scaling
             )
+            core = cache.managed[index].core
+            if isinstance(core, IceCacheLayer):
+                # `attended` asks after a step what it selected
+                core.keeps_window = True
         return IceCacheRun(cache)
 
 
