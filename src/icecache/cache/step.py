@@ -103,7 +103,7 @@ class Stepping(ABC):
         if context is not None and self._backend == "native" and can_fuse and is_alone:
             if self._fused is None or self._fused.context is not context:
                 self._fused = FusedStep(self.config, context, self.num_kv_heads)
-            if context.indexed is not None:
+            if context.indexed is not None and context.tail.longest >= self.config.window:
                 # what a prompt left over is built as `append` would build it
                 self._settle(self.config.window)
                 self._settle(self.config.window - 1)

@@ -7,8 +7,8 @@
 #define MOST_MEMBERS 129 /* of the largest leaf or node, and one more */
 
 typedef struct {
-    float *key, *value, *centred;   /* [MOST_MEMBERS, dim] */
-    float *mean, *direction;        /* [dim] */
+    float *key, *value, *centred; /* [MOST_MEMBERS, dim] */
+    float *mean, *direction;      /* [dim] */
 } Scratch;
 
 /* Find the nearest leaf: path[level] is its ancestor, path[0] the leaf or -1. Returns the top. */

@@ -186,8 +186,8 @@ CLONES static int32_t settle(const Shape *s, Tree *t, const Taking *k, Scratch *
     return added;
 }
 
-/* Ask for what the token's leaf, its page and the nodes above it take to be brought up to date: none
- * of it was on the way down. */
+/* Ask for what the token's leaf, its page and the nodes above it take to be brought up to date:
+ * none of it was on the way down. */
 static void expect(const Shape *s, const Tree *t, const Pages *p, const Taking *k) {
     int64_t at = k->row * p->capacity, slot_bytes = (s->page_size + 7) / 8;
     prefetch(t->page + k->leaf, 4);
@@ -217,8 +217,8 @@ static void expect(const Shape *s, const Tree *t, const Pages *p, const Taking *
                          key_of(s, pool, slot[m] + half * s->page_size) * element_size(s), bytes);
 }
 
-CLONES static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens, int64_t index,
-                           Scratch *x) {
+CLONES static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Tokens *tokens,
+                                  int64_t index, Scratch *x) {
     int64_t row = tokens->row[index];
     Taking k = {.row = row};
     to_float(tokens->keys, tokens->offset[index], s->dtype, x->direction, s->dim);
@@ -246,8 +246,8 @@ CLONES static Answer insert_token(const Shape *s, Tree *t, Pages *p, const Token
 
 EXPORT int64_t icecache_insert(const Shape *shape, Tree *tree, Pages *pages, const Tokens *tokens,
                                int64_t first, int64_t num_tokens, Answer *answer) {
-    int64_t most = shape->leaf_size > shape->most_children ? shape->leaf_size : shape->most_children;
-    int64_t dim = shape->dim, all = (most + 1) * dim;
+    int64_t leaf = shape->leaf_size, node = shape->most_children, dim = shape->dim;
+    int64_t all = ((leaf > node ? leaf : node) + 1) * dim;
     float *memory = malloc(sizeof(float) * (size_t)(3 * all + 2 * dim));
     if (!memory) return -1;
     Scratch x = {memory, memory + all, memory + 2 * all, memory + 3 * all, memory + 3 * all + dim};

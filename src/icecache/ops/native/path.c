@@ -16,7 +16,7 @@ typedef struct {
     int64_t num;
 } Beam;
 
-/* What may be on the way at one level: of the top a block of all, below it the children of a beam. */
+/* What may be on the way at one level: a block of the top, or the children of a beam. */
 typedef struct {
     int32_t id[MOST_FOUND], from[MOST_FOUND];
     float distance[MOST_FOUND];
@@ -64,7 +64,7 @@ static inline void keep_nearest(const Found *found, int64_t first, int64_t most,
     if (nearest->num > most) nearest->num = most;
 }
 
-/* List the children of all that a beam holds, and ask for their summaries: they lie in many places. */
+/* List the children of all that a beam holds, and ask for their summaries, which lie apart. */
 static void find_children(const Beam *beam, const Level *of, const Level *below, int64_t row,
                           int64_t dim, Found *found) {
     const int32_t *first = of->first + row * of->capacity;
