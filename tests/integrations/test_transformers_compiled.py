@@ -90,7 +90,12 @@ def test_padded_rows_and_beams_run_as_they_are(without_inductor: None) -> None:
         assert torch.equal(ours, beams)
 
 
-def test_a_failed_step_is_undone(without_inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_inductor", [True, False])
+def test_a_failed_step_is_undone(
+    by_inductor: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_inductor:
+        request.getfixturevalue("without_inductor")
     model = build(family("llama"))
     with torch.no_grad(), icecache.attach(model, **SMALL, compile=True) as attachment:
         generate(model, prompt())
@@ -110,6 +115,14 @@ def test_a_failed_step_is_undone(without_inductor: None, monkeypatch: pytest.Mon
         assert cache.num_tokens == held
         step(input_ids=token, past_key_values=cache)
         assert cache.num_tokens == held + 1
+        with monkeypatch.context() as patch:
+
+            def interrupt(*args: object, **kwargs: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(core, "step", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                step(input_ids=token, past_key_values=cache)
 
 
 def test_changed_weights_make_a_new_graph(without_inductor: None) -> None:

@@ -30,13 +30,25 @@ __all__ = [
     "run_for",
 ]
 
+
+class _Run:
+    """A decode step on its way; its error, as a graph in C++ makes another one of it."""
+
+    def __init__(self, cache: IceCache) -> None:
+        self.cache = cache
+        self.error: BaseException | None = None
+
+
 # torch's operators belong to the process and know no objects: the running step says whose it is
-_running: ContextVar[IceCache] = ContextVar("icecache_running")
+_running: ContextVar[_Run] = ContextVar("icecache_running")
 _SCHEMA = (
     "step(Tensor query, Tensor key, Tensor value, int layer, float scaling, float? softcap,"
     " Tensor? sinks) -> Tensor"
 )
 _PLAINLY = nullcontext()
+# weights become constants, laid out once; one product where several have the same input; calls
+# between the products from C++
+_INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "cpp_wrapper": True}
 _MOST_GRAPHS = 4
 _PLAIN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _IGNORED = {"attention_mask", "logits_to_keep", "cache_position"}
@@ -51,7 +63,12 @@ def _step(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    output = _running.get().step(query, key, value, layer, scaling, softcap, sinks)
+    run = _running.get()
+    try:
+        output = run.cache.step(query, key, value, layer, scaling, softcap, sinks)
+    except BaseException as error:
+        run.error = error
+        raise
     return output.transpose(1, 2).contiguous()
 
 
@@ -98,16 +115,21 @@ def run_for(
     undo: bool = True,
 ) -> Tensor:
     """Run a function of `decode_of` with a cache; `undo`: take a step that fails back."""
-    token = _running.set(cache)
+    run = _Run(cache)
+    token = _running.set(run)
     try:
         with torch.no_grad():
             return decode(token_ids, positions)
-    except IceCacheError:
-        if undo:
+    except BaseException as raised:
+        error = run.error or raised
+        if undo and isinstance(error, IceCacheError):
             cache.undo()
-        raise
+        if error is raised:
+            raise
+        raise error from None
     finally:
         _running.reset(token)
+        run.error = None
 
 
 def find_compiler() -> str | None:
@@ -185,8 +207,8 @@ class CompiledStep:
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
         is_new = token_ids.shape not in self._shapes
-        # dynamo looks at this while it traces: weights become constants, laid out once
-        with torch._inductor.config.patch(freezing=True) if is_new else _PLAINLY:
+        # dynamo looks at this while it traces
+        with torch._inductor.config.patch(_INDUCTOR) if is_new else _PLAINLY:
             logits = run_for(cache, self._compiled, token_ids, positions)
         self._shapes.add(token_ids.shape)
         self.steps += 1
