@@ -217,6 +217,25 @@ def test_a_compiler_that_fails_leaves_steps_as_they_are(
     assert "stay uncompiled: no headers" in caplog.text
 
 
+def test_views_of_more_tokens_make_no_new_graph(without_inductor: None) -> None:
+    model = build(family("llama"))
+    tokens = prompt(2, 8)
+    views = {
+        "rows": tokens[:, 3:4],
+        "columns": tokens.T.contiguous().T[:, 3:4],
+        "repeated": tokens[:1, 3:4].expand(2, 1),
+    }
+    with torch.no_grad(), icecache.attach(model, **SMALL, compile=True) as attachment:
+        generate(model, prompt(2))
+        cache, step = attachment.cache, attachment.decode
+        for token_ids in views.values():
+            positions = torch.full((2, 9), cache.get_seq_length())[:, 5:6]
+            step(input_ids=token_ids, past_key_values=cache)
+            step(input_ids=token_ids, position_ids=positions + 1, past_key_values=cache)
+    assert attachment.compiled_steps == 23 + 2 * len(views)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_more_batch_sizes_than_graphs_run_as_they_are(
     without_inductor: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

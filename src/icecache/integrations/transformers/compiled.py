@@ -7,7 +7,6 @@ an output come out, so that its shapes stay the same however long the context gr
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -45,7 +44,6 @@ _SCHEMA = (
     "step(Tensor query, Tensor key, Tensor value, int layer, float scaling, float? softcap,"
     " Tensor? sinks) -> Tensor"
 )
-_PLAINLY = nullcontext()
 # weights become constants, laid out once; one product where several have the same input; calls
 # between the products from C++
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "cpp_wrapper": True}
@@ -206,10 +204,11 @@ class CompiledStep:
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
-        is_new = token_ids.shape not in self._shapes
+        # a view of more tokens has other strides, and would be another graph
+        plain = (x.clone(memory_format=torch.contiguous_format) for x in (token_ids, positions))
         # dynamo looks at this while it traces
-        with torch._inductor.config.patch(_INDUCTOR) if is_new else _PLAINLY:
-            logits = run_for(cache, self._compiled, token_ids, positions)
+        with torch._inductor.config.patch(_INDUCTOR):
+            logits = run_for(cache, self._compiled, *plain)
         self._shapes.add(token_ids.shape)
         self.steps += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
