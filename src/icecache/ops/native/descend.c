@@ -72,6 +72,14 @@ static void go_down(const Tree *t, int64_t row, int64_t from, int64_t num, Found
     f->num = f->num_far + children;
 }
 
+/* Let an expanded node weigh nothing: its children do. */
+static void leave_out(const Shape *s, Found *f, int64_t at) {
+    for (int64_t g = 0; g < s->heads; g++) {
+        f->logits[g * f->stride + at] = -1e30f;
+        f->correction[g * f->stride + at] = 0.0f;
+    }
+}
+
 /* Put the `field` best first among the candidates. */
 static void choose_nodes(Found *f, int64_t from, int64_t num, int64_t field) {
     int64_t candidates = icecache_collect_best(f, from, num, field);
@@ -90,10 +98,16 @@ void icecache_open_nodes(const Shape *s, const Tree *t, int64_t row, Found *f) {
     for (int64_t i = 0; i < field; i++) {
         int64_t at = from + f->candidates[i].entry;
         f->chosen[at] = 1;
-        for (int64_t g = 0; g < s->heads; g++) f->logits[g * f->stride + at] = -1e30f;
+        leave_out(s, f, at);
     }
     set_aside(s, f, from, num);
     go_down(t, row, from, num, f);
+}
+
+/* Choose all entries in question, without a score. */
+static void expand_all(const Shape *s, Found *f, int64_t num) {
+    memset(f->chosen + f->num_far, 1, (size_t)num);
+    for (int64_t i = f->num_far; i < f->num_far + num; i++) leave_out(s, f, i);
 }
 
 void icecache_find_nodes(const Step *step, int64_t row, const float *fixed_lse, Found *f) {
@@ -108,7 +122,7 @@ void icecache_find_nodes(const Step *step, int64_t row, const float *fixed_lse, 
     while (f->at_level > 0) {
         int64_t num = f->num - f->num_far;
         if (num <= field_at(s, f->at_level)) {
-            memset(f->chosen + f->num_far, 1, (size_t)num);
+            expand_all(s, f, num);
             go_down(t, row, f->num_far, num, f);
             continue;
         }

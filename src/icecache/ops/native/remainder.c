@@ -23,10 +23,10 @@ static int64_t num_left(const Found *f) {
 /* List the entries that weigh something for any head; returns their number. */
 static int64_t list_kept(const Shape *s, Found *f) {
     float least = NEGLIGIBLE / (float)num_left(f), *most = f->share;
-    memcpy(most, f->logits, sizeof(float) * (size_t)f->num);
-    for (int64_t g = 1; g < s->heads; g++) {
-        const float *weight = f->logits + g * f->stride;
-        for (int64_t i = 0; i < f->num; i++) most[i] = larger(most[i], weight[i]);
+    memset(most, 0, sizeof(float) * (size_t)f->num);
+    for (int64_t g = 0; g < s->heads; g++) {
+        const float *weight = f->logits + g * f->stride, scale = f->scale[g];
+        for (int64_t i = 0; i < f->num; i++) most[i] = larger(most[i], scale * weight[i]);
     }
     int64_t kept = 0;
     for (int64_t i = 0; i < f->num; i++) {
@@ -39,14 +39,11 @@ static int64_t list_kept(const Shape *s, Found *f) {
 CLONES static void keep(const Shape *s, Found *f) {
     f->num_kept = num_left(f) ? list_kept(s, f) : 0;
     for (int64_t g = 0; g < s->heads; g++) {
-        float *weight = f->logits + g * f->stride, all = 0.0f, kept = 0.0f;
-        for (int64_t i = 0; i < f->num; i++) all += weight[i];
-        for (int64_t k = 0; k < f->num_kept; k++) {
-            weight[k] = weight[f->kept[k]];
-            kept += weight[k];
-        }
-        float more = kept > 0.0f ? all / kept : 0.0f;
-        for (int64_t k = 0; k < f->num_kept; k++) weight[k] *= more;
+        float *weight = f->logits + g * f->stride, kept = 0.0f;
+        for (int64_t k = 0; k < f->num_kept; k++) weight[k] = weight[f->kept[k]];
+        for (int64_t k = 0; k < f->num_kept; k++) kept += weight[k];
+        float scale = kept > 0.0f ? f->total[g] / kept : 0.0f;
+        for (int64_t k = 0; k < f->num_kept; k++) weight[k] *= scale;
     }
 }
 

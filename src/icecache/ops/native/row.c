@@ -98,32 +98,35 @@ CLONES static void score_selected(const Shape *s, const Pages *p, const float *q
            e->logits + e->num_fixed, e->stride)
 }
 
-/* Turn logits into weights of one softmax over exact tokens, entries and learned sinks. */
+/* Turn logits into weights of one softmax over exact tokens, entries and learned sinks; those of
+ * entries are still to be scaled. */
 CLONES static void normalise(const Shape *s, const float *sink_logits, Exact *e, Found *f) {
     for (int64_t g = 0; g < s->heads; g++) {
         float *exact = e->logits + g * e->stride, *rest = f->logits + g * f->stride;
         const float *co = f->correction + g * f->stride;
-        float top = sink_logits ? sink_logits[g] : -1e30f, sum = 0.0f, share = s->spread_weight;
+        float top = sink_logits ? sink_logits[g] : -1e30f, all = 0.0f, share = s->spread_weight;
         for (int64_t k = 0; k < e->num; k++) top = larger(top, exact[k]);
         if (s->remainder) {
-            for (int64_t i = 0; i < f->num; i++) rest[i] += share * co[i];
-            for (int64_t i = next_chosen(f, 0); i < f->num; i = next_chosen(f, i + 1))
+            for (int64_t i = next_chosen(f, f->num_far); i < f->num; i = next_chosen(f, i + 1))
                 rest[i] = -1e30f;
-            for (int64_t i = 0; i < f->num; i++) top = larger(top, rest[i]);
+            for (int64_t i = 0; i < f->num; i++) {
+                rest[i] += share * co[i];
+                top = larger(top, rest[i]);
+            }
             for (int64_t i = 0; i < f->num; i++) {
                 rest[i] = exponential(rest[i] - top);
-                sum += rest[i];
+                all += rest[i];
             }
         }
+        float sum = all;
         for (int64_t k = 0; k < e->num; k++) {
             exact[k] = exponential(exact[k] - top);
             sum += exact[k];
         }
         if (sink_logits) sum += exponential(sink_logits[g] - top);
-        float scale = 1.0f / sum;
-        for (int64_t k = 0; k < e->num; k++) exact[k] *= scale;
-        if (s->remainder)
-            for (int64_t i = 0; i < f->num; i++) rest[i] *= scale;
+        for (int64_t k = 0; k < e->num; k++) exact[k] *= 1.0f / sum;
+        f->scale[g] = 1.0f / sum;
+        f->total[g] = all / sum;
     }
 }
 
@@ -195,11 +198,10 @@ void icecache_open_row(const Step *step, int64_t row, Room *room) {
     icecache_open_nodes(step->shape, step->tree, row, &room->found);
 }
 
-void icecache_score_block(const Step *step, int64_t row, int64_t level, int64_t block, Room *room) {
+void icecache_score_block(const Step *step, int64_t row, int64_t block, Room *room) {
     Found *f = &room->found;
     int64_t from = f->num_far + block * BLOCK, left = f->num - from;
-    if (f->at_level == level && left > 0)
-        icecache_score_entries(step, row, from, left < BLOCK ? left : BLOCK, f);
+    icecache_score_entries(step, row, from, left < BLOCK ? left : BLOCK, f);
 }
 
 /* Choose tokens, or take those that are given; returns their number, -1 without memory. */

@@ -1,6 +1,6 @@
 /* One row's part of a decode step, in parts that several threads can share. In order: begin, every
- * block of level 1 scored, open, every block of level 0 scored, select, every block added, finish.
- * Where there is no node to score, blocks of level 1 are empty, and there is nothing to open. */
+ * block of nodes scored, open, every block of leaves scored, select, every block added, finish.
+ * Where there is no node to score, there are no blocks of nodes, and nothing to open. */
 #ifndef ICECACHE_ROW_H
 #define ICECACHE_ROW_H
 
@@ -27,12 +27,17 @@ int64_t icecache_room_bytes(const Shape *s, int64_t entries, int64_t fixed);
 void icecache_make_room(const Shape *s, int64_t entries, int64_t fixed, char *memory, Room *room);
 
 void icecache_begin_row(const Step *step, int64_t row, Room *room);
-void icecache_score_block(const Step *step, int64_t row, int64_t level, int64_t block, Room *room);
+void icecache_score_block(const Step *step, int64_t row, int64_t block, Room *room);
 void icecache_open_row(const Step *step, int64_t row, Room *room);
 int icecache_select_row(const Step *step, int64_t row, Room *room); /* -1 without memory */
 void icecache_add_block(const Step *step, int64_t row, int64_t block, Room *room);
 void icecache_finish_row(const Step *step, int64_t row, Room *room);
 
 static inline int64_t num_blocks(int64_t entries) { return (entries + BLOCK - 1) / BLOCK; }
+
+/* Entries of a level that are looked at: 0 while it is another's turn. */
+static inline int64_t to_score(const Room *room, int64_t level) {
+    return room->found.at_level == level ? room->found.num - room->found.num_far : 0;
+}
 
 #endif

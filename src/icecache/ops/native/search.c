@@ -179,7 +179,7 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 int64_t icecache_found_bytes(int64_t stride, int64_t heads) {
     return aligned((2 * heads + 3) * stride * (int64_t)sizeof(float)) +
-           aligned(heads * (int64_t)sizeof(float)) + aligned(2 * stride * (int64_t)sizeof(int32_t)) +
+           aligned(3 * heads * (int64_t)sizeof(float)) + aligned(2 * stride * (int64_t)sizeof(int32_t)) +
            aligned(stride * (int64_t)sizeof(Candidate)) + aligned(2 * stride) + 64;
 }
 
@@ -192,7 +192,9 @@ void icecache_lay_out(Found *f, void *memory, int64_t stride, int64_t heads) {
     for (int64_t i = 0; i < 3; i++) *arrays[i] = f->correction + (heads + i) * stride;
     at += aligned((2 * heads + 3) * stride * (int64_t)sizeof(float));
     f->lse = (float *)at;
-    at += aligned(heads * (int64_t)sizeof(float));
+    f->scale = f->lse + heads;
+    f->total = f->scale + heads;
+    at += aligned(3 * heads * (int64_t)sizeof(float));
     f->id = (int32_t *)at;
     f->frontier = f->kept = f->id + stride;
     at += aligned(2 * stride * (int64_t)sizeof(int32_t));

@@ -38,6 +38,7 @@ typedef struct {
     float *logits, *correction; /* [heads, stride] */
     float *count, *worth, *share; /* [stride] */
     float *lse; /* [heads], of all that is attended beside the entries in question */
+    float *scale, *total; /* [heads], of the weights: what makes them shares, and then their sum */
     int32_t *frontier, *kept; /* children to be; entries whose values are read */
     Candidate *candidates;
 } Found;

@@ -7,6 +7,10 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#define HAS_YIELD
+#endif
 
 #include "decode.h"
 #include "layer.h"
@@ -27,44 +31,56 @@ static int64_t this_thread(void) {
 #endif
 }
 
+/* A row that threads share goes through stages of blocks, each for whoever is at hand. */
+enum { NODES, LEAVES, VALUES, STAGES };
+
+typedef struct {
+    int64_t num, next, done; /* blocks: in all, to be taken, finished */
+    int32_t is_open;
+} Stage;
+
 /* Rows by the threads that are at hand: each a row, and all together those that are left over. */
 typedef struct {
     Step step;
     const Then *then;
     uint8_t *attended; /* [rows], until a thread takes the row up again */
-    Room *rooms; /* [num_rooms], of rows where there is one for each, else of threads */
-    int64_t num_rooms, alone, shared, descends;
-    int64_t blocks, sums; /* of a shared row at most */
+    Room *rooms; /* of the shared rows, which come first; then of threads, or of a row each */
+    Stage (*stages)[STAGES]; /* [shared] */
+    int64_t shared, threads;
     int64_t nodes, leaves, failed;
 } Work;
 
+#define ADD(to, what) __atomic_fetch_add(&(to), what, __ATOMIC_ACQ_REL)
+
 static void count(Work *w, const Room *room) {
-#if defined(_OPENMP)
-#pragma omp atomic
-#endif
-    w->nodes += room->found.nodes_scored;
-#if defined(_OPENMP)
-#pragma omp atomic
-#endif
-    w->leaves += room->found.num - room->found.num_far;
+    ADD(w->nodes, room->found.nodes_scored);
+    ADD(w->leaves, room->found.num - room->found.num_far);
 }
 
-static void fail(Work *w) {
-#if defined(_OPENMP)
-#pragma omp atomic
-#endif
-    w->failed++;
+static void fail(Work *w) { ADD(w->failed, 1); }
+
+static void mark_attended(Work *w, int64_t row) {
+    if (w->then) __atomic_store_n(w->attended + row, 1, __ATOMIC_RELEASE);
+}
+
+/* Do what comes then with all rows that were attended meanwhile: who has nothing to attend need not
+ * wait for the others. Each row that nobody took up is taken up by the thread that attended it. */
+static void go_on(Work *w) {
+    for (int64_t row = 0; w->then && row < w->step.shape->rows; row++)
+        if (__atomic_exchange_n(w->attended + row, 0, __ATOMIC_ACQ_REL))
+            w->then->call(w->then->data, row);
 }
 
 static void attend_row(Work *w, int64_t row) {
     const Step *step = &w->step;
-    Room *room = w->rooms + (w->num_rooms < step->shape->rows ? this_thread() : row);
+    int64_t at = step->shape->rows - w->shared > w->threads ? this_thread() : row - w->shared;
+    Room *room = w->rooms + w->shared + at;
     icecache_begin_row(step, row, room);
-    for (int64_t level = 1; level >= 0; level--) {
-        for (int64_t block = 0; block < num_blocks(room->found.num); block++)
-            icecache_score_block(step, row, level, block, room);
-        if (level) icecache_open_row(step, row, room);
-    }
+    for (int64_t block = 0; block < num_blocks(to_score(room, 1)); block++)
+        icecache_score_block(step, row, block, room);
+    icecache_open_row(step, row, room);
+    for (int64_t block = 0; block < num_blocks(to_score(room, 0)); block++)
+        icecache_score_block(step, row, block, room);
     count(w, room);
     if (icecache_select_row(step, row, room)) {
         fail(w);
@@ -74,70 +90,78 @@ static void attend_row(Work *w, int64_t row) {
     for (int64_t block = 0; block < num_added(room->found.num_kept); block++)
         icecache_add_block(step, row, block, room);
     icecache_finish_row(step, row, room);
+    mark_attended(w, row);
 }
 
-/* Score what the shared rows look at, a block a time. */
-static void score_shared(Work *w, int64_t level) {
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-    for (int64_t part = 0; part < w->shared * w->blocks; part++) {
-        int64_t i = part / w->blocks;
-        icecache_score_block(&w->step, w->alone + i, level, part % w->blocks, w->rooms + i);
-    }
+static void end_stage(Work *w, int64_t row, int stage);
+
+/* Let threads have the blocks of a stage. */
+static void open_stage(Work *w, int64_t row, int stage, int64_t num) {
+    Stage *s = w->stages[row] + stage;
+    s->num = num;
+    __atomic_store_n(&s->is_open, 1, __ATOMIC_RELEASE);
+    if (num == 0) end_stage(w, row, stage);
 }
 
-static void mark_attended(Work *w, int64_t row) {
-    if (w->then) __atomic_store_n(w->attended + row, 1, __ATOMIC_RELEASE);
-}
-
-/* Do what comes then with all rows that were attended meanwhile: who has nothing left to attend need
- * not wait for the others. Each row that nobody took up is taken up by the thread that attended it. */
-static void go_on(Work *w) {
-    for (int64_t row = 0; w->then && row < w->step.shape->rows; row++)
-        if (__atomic_exchange_n(w->attended + row, 0, __ATOMIC_ACQ_REL))
-            w->then->call(w->then->data, row);
-}
-
-/* Every loop ends with all threads waiting for each other: the parts of a row are in order. */
-static void attend_shared(Work *w) {
+/* What one thread does alone between two stages. */
+static void end_stage(Work *w, int64_t row, int stage) {
     const Step *step = &w->step;
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-    for (int64_t i = 0; i < w->shared; i++) icecache_begin_row(step, w->alone + i, w->rooms + i);
-    if (w->descends) {
-        score_shared(w, 1);
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-        for (int64_t i = 0; i < w->shared; i++) icecache_open_row(step, w->alone + i, w->rooms + i);
-    }
-    score_shared(w, 0);
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-    for (int64_t i = 0; i < w->shared; i++) {
-        count(w, w->rooms + i);
-        if (icecache_select_row(step, w->alone + i, w->rooms + i)) fail(w);
-    }
-    if (w->failed || !step->result->out) return;
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-    for (int64_t part = 0; part < w->shared * w->sums; part++) {
-        int64_t i = part / w->sums;
-        icecache_add_block(step, w->alone + i, part % w->sums, w->rooms + i);
-    }
-#if defined(_OPENMP)
-#pragma omp for schedule(static, 1)
-#endif
-    for (int64_t i = 0; i < w->shared; i++) {
-        icecache_finish_row(step, w->alone + i, w->rooms + i);
-        mark_attended(w, w->alone + i);
+    Room *room = w->rooms + row;
+    if (stage == NODES) {
+        icecache_open_row(step, row, room);
+        open_stage(w, row, LEAVES, num_blocks(to_score(room, 0)));
+    } else if (stage == LEAVES) {
+        count(w, room);
+        int has_failed = icecache_select_row(step, row, room);
+        if (has_failed) fail(w);
+        if (has_failed || !step->result->out) room->found.num_kept = 0;
+        open_stage(w, row, VALUES, num_added(room->found.num_kept));
+    } else if (step->result->out) {
+        icecache_finish_row(step, row, room);
+        mark_attended(w, row);
     }
 }
 
+/* Begin a shared row; score its nodes, too, where other threads have rows of their own. */
+static void begin_shared(Work *w, int64_t row) {
+    Room *room = w->rooms + row;
+    icecache_begin_row(&w->step, row, room);
+    int64_t blocks = num_blocks(to_score(room, 1));
+    if (w->shared == w->step.shape->rows) {
+        open_stage(w, row, NODES, blocks);
+        return;
+    }
+    for (int64_t block = 0; block < blocks; block++)
+        icecache_score_block(&w->step, row, block, room);
+    open_stage(w, row, NODES, 0);
+}
+
+static void rest(int64_t *waits) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_pause();
+#endif
+#if defined(HAS_YIELD)
+    if (++*waits % 1024 == 0) sched_yield();
+#else
+    (void)waits;
+#endif
+}
+
+/* Take blocks of a stage until there are none; what others have taken is theirs to finish. */
+static void share_stage(Work *w, int64_t row, int stage) {
+    Stage *s = w->stages[row] + stage;
+    for (int64_t waits = 0; !__atomic_load_n(&s->is_open, __ATOMIC_ACQUIRE);) {
+        go_on(w);
+        rest(&waits);
+    }
+    for (int64_t block; (block = ADD(s->next, 1)) < s->num;) {
+        if (stage == VALUES) icecache_add_block(&w->step, row, block, w->rooms + row);
+        else icecache_score_block(&w->step, row, block, w->rooms + row);
+        if (ADD(s->done, 1) + 1 == s->num) end_stage(w, row, stage);
+    }
+}
+
+/* The shared rows are begun first, so that their blocks are there when threads run out of rows. */
 static void attend_rows(Work *w, int64_t threads) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
@@ -148,11 +172,12 @@ static void attend_rows(Work *w, int64_t threads) {
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic) nowait
 #endif
-        for (int64_t row = 0; row < w->alone; row++) {
-            attend_row(w, row);
-            mark_attended(w, row);
+        for (int64_t row = 0; row < w->step.shape->rows; row++) {
+            if (row < w->shared) begin_shared(w, row);
+            else attend_row(w, row);
         }
-        if (w->shared) attend_shared(w);
+        for (int stage = 0; stage < STAGES; stage++)
+            for (int64_t row = 0; row < w->shared; row++) share_stage(w, row, stage);
         go_on(w);
     }
 }
@@ -167,15 +192,22 @@ static int64_t most_fixed(const Step *step) {
     return most;
 }
 
-/* All rooms in one piece of memory, to be freed; null without memory. */
-static Room *make_rooms(const Step *step, int64_t entries, int64_t num) {
-    int64_t fixed = most_fixed(step), bytes = icecache_room_bytes(step->shape, entries, fixed);
-    int64_t listed = (num * (int64_t)sizeof(Room) + 63) & ~(int64_t)63;
-    Room *rooms = malloc((size_t)(listed + bytes * num));
-    for (int64_t i = 0; rooms && i < num; i++)
-        icecache_make_room(step->shape, entries, fixed, (char *)rooms + listed + i * bytes,
-                           rooms + i);
-    return rooms;
+/* Rooms and stages in one piece of memory, to be freed; null without memory. */
+static void *make_rooms(Work *w, int64_t entries) {
+    const Shape *s = w->step.shape;
+    int64_t alone = s->rows - w->shared, num = w->shared + (alone < w->threads ? alone : w->threads);
+    int64_t fixed = most_fixed(&w->step), bytes = icecache_room_bytes(s, entries, fixed);
+    int64_t staged = w->shared * (int64_t)sizeof(*w->stages) + s->rows;
+    int64_t listed = (num * (int64_t)sizeof(Room) + staged + 63) & ~(int64_t)63;
+    char *memory = malloc((size_t)(listed + bytes * num));
+    if (!memory) return 0;
+    w->rooms = (Room *)memory;
+    w->stages = (Stage(*)[STAGES])(w->rooms + num);
+    w->attended = (uint8_t *)(w->stages + w->shared);
+    memset(w->stages, 0, (size_t)staged);
+    for (int64_t i = 0; i < num; i++)
+        icecache_make_room(s, entries, fixed, memory + listed + i * bytes, w->rooms + i);
+    return memory;
 }
 
 int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pages,
@@ -189,20 +221,14 @@ int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pag
     if (entries * s->rows < LEAST_ENTRIES) threads = 1;
     Work w = {.step = {s, tree, pages, segments, num_segments, query, sink_logits, {0}, result},
               .then = then,
-              .num_rooms = threads < s->rows ? threads : s->rows,
               .shared = entries < LEAST_SHARED ? 0 : s->rows % threads,
-              .descends = icecache_descends(s, tree),
-              .blocks = num_blocks(entries),
-              .sums = num_added(entries)};
-    w.alone = s->rows - w.shared;
-    int64_t logs = w.descends ? LOGS - 1 : s->leaf_size;
+              .threads = threads};
+    int64_t logs = icecache_descends(s, tree) ? LOGS - 1 : s->leaf_size;
     for (int64_t i = 1; i <= logs && i < LOGS; i++) w.step.log_of[i] = logf((float)i);
-    w.rooms = make_rooms(&w.step, entries, w.num_rooms);
-    w.attended = calloc((size_t)s->rows, 1);
-    if (w.rooms && w.attended) attend_rows(&w, threads);
-    else fail(&w);
-    free(w.attended);
-    free(w.rooms);
+    void *memory = make_rooms(&w, entries);
+    if (!memory) return -1;
+    attend_rows(&w, threads);
+    free(memory);
     result->nodes_scored = w.nodes;
     result->leaves_scored = w.leaves;
     return w.failed ? -1 : 0;
