@@ -77,16 +77,16 @@ def attend_native(
     ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
 ) -> NativeStep:
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
-    out = torch.empty_like(ask.query)
+    out, room = torch.empty_like(ask.query), _room(spans, config)
     selects = config.layer_reuse > 1 and ask.positions is None
-    positions = _no_positions(ask, _room(spans, config)) if selects else None
-    return _call(ask, spans, stored, config, out, positions)
+    positions = _no_positions(ask, room) if selects else None
+    return _call(ask, spans, stored, config, room, out, positions)
 
 
 def attend_spans(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
     """Attend to spans alone, exactly; shape of the query."""
     out = torch.empty_like(ask.query)
-    _call(ask, spans, None, config, out, None)
+    _call(ask, spans, None, config, 0, out, None)
     return out
 
 
@@ -94,7 +94,8 @@ def search_native(
     ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
 ) -> NativeStep:
     """Say which tokens a step would select; arguments as in `attend_native`."""
-    return _call(ask, spans, stored, config, None, _no_positions(ask, _room(spans, config)))
+    room = _room(spans, config)
+    return _call(ask, spans, stored, config, room, None, _no_positions(ask, room))
 
 
 def _room(spans: list[Span], config: IceCacheConfig) -> int:
@@ -137,11 +138,11 @@ def _call(
     spans: list[Span],
     stored: Stored | None,
     config: IceCacheConfig,
+    room: int,
     out: Tensor | None,
     positions: Tensor | None,
 ) -> NativeStep:
     rows, heads, dim = ask.query.shape
-    room = 0 if stored is None else _room(spans, config)
     shape = Shape(
         rows=rows,
         heads=heads,

@@ -46,13 +46,13 @@ static int64_t name_children(const Tree *t, int64_t level, int64_t row, int64_t 
     int64_t nodes = 0, children = 0;
     Candidate *node = f->candidates;
     for (int64_t i = 0; i < num; i++) {
-        node[nodes].id = f->id[from + i];
+        node[nodes].entry = f->id[from + i];
         nodes += f->chosen[from + i];
     }
     for (int64_t i = 0; i < nodes; i++) {
-        if (i + 2 * NODES_AHEAD < nodes) prefetch(first + node[i + 2 * NODES_AHEAD].id, 4);
-        if (i + NODES_AHEAD < nodes) prefetch(next + first[node[i + NODES_AHEAD].id], CHILDREN_BYTES);
-        for (int32_t child = first[node[i].id], last; child >= 0; child = next[last]) {
+        if (i + 2 * NODES_AHEAD < nodes) prefetch(first + node[i + 2 * NODES_AHEAD].entry, 4);
+        if (i + NODES_AHEAD < nodes) prefetch(next + first[node[i + NODES_AHEAD].entry], CHILDREN_BYTES);
+        for (int32_t child = first[node[i].entry], last; child >= 0; child = next[last]) {
             for (last = child; next[last] == last + 1; last++) f->frontier[children++] = last;
             f->frontier[children++] = last;
         }

@@ -115,8 +115,8 @@ CLONES static void weigh(const Shape *s, Found *f, int64_t from, int64_t num) {
 static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride, float least) {
     int64_t kept = 0;
     for (int64_t i = 0; i < num; i += stride) {
-        f->candidates[kept] = (Candidate){f->worth[i], f->id[from + i], (int32_t)i};
-        kept += f->candidates[kept].worth >= least;
+        f->candidates[kept] = (Candidate){rank_of(f->worth[i], f->id[from + i]), (int32_t)i};
+        kept += f->worth[i] >= least;
     }
     return kept;
 }
@@ -126,10 +126,10 @@ int64_t icecache_collect_best(Found *f, int64_t from, int64_t num, int64_t want)
     if (num < 8 * SAMPLED || rank >= SAMPLED / 2) return collect(f, from, num, 1, -1.0f);
     int64_t sampled = collect(f, from, num, num / SAMPLED, -1.0f);
     select_best(f->candidates, sampled, rank + 8);
-    float least = f->candidates[0].worth;
+    uint64_t least = f->candidates[0].rank;
     for (int64_t i = 1; i < rank + 8; i++)
-        least = least < f->candidates[i].worth ? least : f->candidates[i].worth;
-    return collect(f, from, num, 1, least);
+        least = least < f->candidates[i].rank ? least : f->candidates[i].rank;
+    return collect(f, from, num, 1, worth_of(least));
 }
 
 int64_t icecache_collect_all(Found *f, int64_t from, int64_t num) {
