@@ -6,9 +6,11 @@ an output come out, so that its shapes stay the same however long the context gr
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ _SCHEMA = (
 # weights become constants, laid out once; one product where several have the same input; calls
 # between the products from C++
 _INDUCTOR = {"freezing": True, "cpp.enable_concat_linear": True, "cpp_wrapper": True}
+_PLAINLY = nullcontext()
+_tracing = Lock()
 _MOST_GRAPHS = 4
 _PLAIN = {"input_ids", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _IGNORED = {"attention_mask", "logits_to_keep", "cache_position"}
@@ -87,6 +91,13 @@ def _operator() -> tuple[Callable[..., Tensor], torch.library.Library]:
     return torch.ops.icecache.step, library
 
 
+@contextmanager
+def _options_for_tracing() -> Iterator[None]:
+    """Set inductor's options, which belong to the process: one graph at a time."""
+    with _tracing, torch._inductor.config.patch(_INDUCTOR):
+        yield
+
+
 def decode_of(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function from token ids and positions to logits, for the cache of `run_for`."""
     operator, _ = _operator()
@@ -119,7 +130,7 @@ def run_for(
         with torch.no_grad():
             return decode(token_ids, positions)
     except BaseException as raised:
-        error = run.error or raised
+        error = raised if run.error is None else run.error
         if undo and isinstance(error, IceCacheError):
             cache.undo()
         if error is raised:
@@ -205,10 +216,11 @@ class CompiledStep:
         if positions is None:
             positions = torch.full_like(token_ids, cache.get_seq_length())
         # a view of more tokens has other strides, and would be another graph
-        plain = (x.clone(memory_format=torch.contiguous_format) for x in (token_ids, positions))
-        # dynamo looks at this while it traces
-        with torch._inductor.config.patch(_INDUCTOR):
-            logits = run_for(cache, self._compiled, *plain)
+        token_ids = token_ids.clone(memory_format=torch.contiguous_format)
+        positions = positions.clone(memory_format=torch.contiguous_format)
+        is_new = token_ids.shape not in self._shapes
+        with _options_for_tracing() if is_new else _PLAINLY:
+            logits = run_for(cache, self._compiled, token_ids, positions)
         self._shapes.add(token_ids.shape)
         self.steps += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
