@@ -30,7 +30,7 @@ class IceCacheConfig:
         Most tokens of a leaf, the unit of choice and of summary. Smaller is more faithful and
         costs index bytes and scan time in proportion.
     leaf_target : int, default 5
-        Tokens per promoted leaf when a tree is built; at most `leaf_size`.
+        Tokens per leaf that a build aims at; at most `leaf_size`.
     page_size : int, default 16
         Slots of a page, the unit of storage and transfer; at least `leaf_size`.
     fan_out : int, default 12
@@ -62,6 +62,10 @@ class IceCacheConfig:
         against the budget). Where pages travel, ``"page"`` fetches fewer of them.
     refine_rounds : int, default 2
         Rounds that move promoted parents to the mean of their keys; 0 is the paper's promotion.
+    cut_rounds : int, default 4
+        Rounds that then cut the leaves in two whose farthest key is farthest from their mean, an
+        eighth of them each, so that no key hides among others unlike it; so many fewer are
+        promoted that `leaf_target` holds. 0 leaves promotion's leaves as they are.
     segment_tokens : int, default 2048
         Keys clustered together in one batch; the cost of a build is linear in the context for
         any value and proportional to this one.
@@ -122,6 +126,7 @@ class IceCacheConfig:
     selection: Selection = "tree"
     unit: Unit = "leaf"
     refine_rounds: int = 2
+    cut_rounds: int = 4
     segment_tokens: int = 2048
     spread_weight: float = 0.5
     seed: int = 0
@@ -237,6 +242,7 @@ class IceCacheConfig:
             "leaf_size": 16,
             "leaf_target": 12,
             "refine_rounds": 0,
+            "cut_rounds": 0,
         }
         return cls.from_kwargs(**{**base, **settings})
 
@@ -260,6 +266,7 @@ _INTEGER_RANGES = (
     ("dense_until", 0, 1 << 31),
     ("layer_reuse", 1, 1024),
     ("refine_rounds", 0, 100),
+    ("cut_rounds", 0, 16),
     ("segment_tokens", 2, 1 << 14),
     ("seed", 0, (1 << 63) - 1),
     ("draft", 1, _SIZE_LIMIT),

@@ -171,7 +171,7 @@ def test_the_models_dtype_is_grouped_as_its_float32_copy(dtype: torch.dtype) -> 
 def test_means_are_those_of_the_groups(dim: int) -> None:
     points = clustered(7, 5000, dim).bfloat16()
     means = torch.full((5000, dim), torch.nan)
-    ids, (num,) = group_native(points, [5000], GroupRule(5, 8, 2, 2048, 0), means)
+    ids, (num,) = group_native(points, [5000], GroupRule(5, 8, 2, 4, 2048, 0), means)
     centred = points.double() - points.double().mean(0)
     total = torch.zeros(num, dim, dtype=torch.float64).index_add_(0, ids, centred)
     expected = total / torch.bincount(ids)[:, None]

@@ -22,7 +22,7 @@ from tests.helpers import FAST_BACKENDS, HAS_NATIVE, clustered, rng
 
 Group = Callable[[Tensor, list[int], GroupRule], tuple[Tensor, list[int]]]
 
-RULE = GroupRule(target=5, largest=8, rounds=2, segment=256, seed=0)
+RULE = GroupRule(target=5, largest=8, rounds=2, cuts=3, segment=256, seed=0)
 ROW_LENS = [0, 1, 37, 255, 256, 257, 700, 0]
 
 
@@ -55,9 +55,45 @@ def test_every_point_is_in_one_group_of_its_row(grouping: Group, dim: int, segme
 @pytest.mark.parametrize("largest", [1, 2, 9])
 @pytest.mark.parametrize("rounds", [0, 3])
 def test_any_rule(grouping: Group, target: int, largest: int, rounds: int) -> None:
-    rule = GroupRule(target, largest, rounds, 100, seed=7)
+    rule = GroupRule(target, largest, rounds, rounds, 100, seed=7)
     ids, per_row = grouping(clustered(1, sum(ROW_LENS), 16), ROW_LENS, rule)
     _assert_partition(ids, per_row, ROW_LENS, largest)
+
+
+def test_a_point_unlike_its_group_is_cut_off(grouping: Group) -> None:
+    """Promotion passes it over; in a group's mean it would be hidden from the query it is for."""
+    points = clustered(5, 512, 32, centres=100)
+    lone = torch.tensor([101, 202, 303])
+    points[lone] += points.norm(dim=1).max() * torch.eye(32)[:3]
+    rule = GroupRule(target=8, largest=8, rounds=2, cuts=0, segment=512, seed=0)
+    hidden, _ = grouping(points, [512], rule)
+    found, _ = grouping(points, [512], rule._replace(cuts=4))
+    assert (torch.bincount(hidden)[hidden[lone]] > 1).all()
+    assert (torch.bincount(found)[found[lone]] == 1).all()
+
+
+def test_equal_points_are_not_cut(grouping: Group) -> None:
+    """A rounded mean may lie to one side of all of them."""
+    rule = GroupRule(target=7, largest=8, rounds=0, cuts=3, segment=2048, seed=0)
+    points = torch.rand(100, 3, generator=rng(7)).repeat_interleave(7, 0)
+    ids, (num,) = grouping(points, [700], rule)
+    assert torch.bincount(ids).tolist() == [7] * 100
+    assert num == 100
+
+
+@pytest.mark.parametrize("segment", [80, 2048])
+def test_the_widest_eighth_is_cut_in_every_round(grouping: Group, segment: int) -> None:
+    """Of every segment, so that no part of a context is served at the cost of another."""
+    points = clustered(6, 2 * segment, 16)
+    points[:segment] *= 100.0
+    rule = GroupRule(target=2, largest=2 * segment, rounds=0, cuts=0, segment=segment, seed=0)
+    alone = rule._replace(target=segment, largest=segment)
+    parts = grouping(points, [2 * segment], alone)[0]
+    before = grouping(points, [2 * segment], rule)[0]
+    after = grouping(points, [2 * segment], rule._replace(cuts=1))[0]
+    for part in (0, 1):
+        groups = before[parts == part].unique().numel()
+        assert after[parts == part].unique().numel() == groups + groups // 8
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])

@@ -14,7 +14,7 @@ from tests.helpers import HAS_NATIVE, clustered, rng
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the compiled ops are not installed")
 
-RULE = GroupRule(target=5, largest=8, rounds=2, segment=256, seed=0)
+RULE = GroupRule(target=5, largest=8, rounds=2, cuts=3, segment=256, seed=0)
 DIMS = [1, 3, 16, 64, 80, 96, 128, 256]
 SIZES = [0, 1, 2, 3, 5, 6, 7, 8, 9, 255, 256]
 
@@ -51,7 +51,7 @@ def test_whole_numbers_are_grouped_exactly_as_by_the_twin(dim: int, num: int) ->
     """Without refinement nothing is rounded, and ties abound: the first of equals must win."""
     points = torch.randint(-2, 3, (num, dim), generator=rng(num)).float()
     both = torch.cat([points, -points.flip(0)])
-    rule = GroupRule(4, 8192, 0, 4096, seed=1)
+    rule = GroupRule(4, 8192, 0, 0, 4096, seed=1)
     ids, per_row = group_native(both, [2 * num], rule)
     expected, groups = group(both, [2 * num], rule)
     assert per_row == groups
@@ -75,7 +75,7 @@ def test_equals_are_told_apart_by_their_number(dim: int, segment: int) -> None:
 @pytest.mark.parametrize("segment", [256, 2048])
 def test_segments_are_those_of_the_twin(dim: int, segment: int) -> None:
     """With one parent a segment, the groups are the segments."""
-    rule, lens = GroupRule(segment, segment, 0, segment, 0), [5000, 0, segment + 1, segment]
+    rule, lens = GroupRule(segment, segment, 0, 0, segment, 0), [5000, 0, segment + 1, segment]
     points = clustered(1, sum(lens), dim)
     ids, per_row = group_native(points, lens, rule)
     expected, groups = group(points, lens, rule)
@@ -99,7 +99,7 @@ def test_groups_are_as_tight_as_the_twins(dim: int) -> None:
 def test_one_group_is_cut_as_by_the_twin(num: int) -> None:
     """From one group down to eight points, through every length of sort."""
     points = torch.randn(num, 16, generator=rng(3))
-    rule = GroupRule(num, 8, 0, 4096, 0)
+    rule = GroupRule(num, 8, 0, 0, 4096, 0)
     ids, per_row = group_native(points, [num], rule)
     expected, groups = group(points, [num], rule)
     assert per_row == groups

@@ -10,7 +10,7 @@ from icecache.errors import HostMemoryExceeded
 from icecache.ops.batched import sum_groups
 from icecache.ops.dispatch import resolve_backend
 from icecache.ops.native import load, pointer
-from icecache.tree.cluster import GroupRule, group
+from icecache.tree.cluster import WIDEST_SHARE, GroupRule, group
 from icecache.tree.native_group import group_native
 
 __all__ = ["Leaves", "build_leaves", "group_nodes", "siblings_native", "siblings_together"]
@@ -42,7 +42,8 @@ def build_leaves(keys: Tensor, row_lens: list[int], config: IceCacheConfig) -> L
     row_lens : list of int
         Tokens per row; may be 0.
     config : IceCacheConfig
-        `leaf_target`, `leaf_size`, `refine_rounds`, `segment_tokens`, `fan_out`, `seed`.
+        `leaf_target`, `leaf_size`, `refine_rounds`, `cut_rounds`, `segment_tokens`, `fan_out`,
+        `seed`.
     """
     if keys.device.type == "cpu" and resolve_backend(config.backend) == "native":
         return _build_native(keys, row_lens, config)
@@ -97,14 +98,18 @@ def siblings_native(leaves: Leaves) -> Leaves:
 
 
 def _rule_above(config: IceCacheConfig) -> GroupRule:
-    return _rule(config)._replace(target=config.fan_out, largest=2 * config.fan_out, rounds=1)
+    largest = 2 * config.fan_out
+    return _rule(config)._replace(target=config.fan_out, largest=largest, rounds=1, cuts=0)
 
 
 def _rule(config: IceCacheConfig) -> GroupRule:
+    # every round of cuts makes an eighth more leaves of what was promoted
+    grown = (1 + 1 / WIDEST_SHARE) ** config.cut_rounds
     return GroupRule(
-        config.leaf_target,
+        round(config.leaf_target * grown),
         config.leaf_size,
         config.refine_rounds,
+        config.cut_rounds,
         config.segment_tokens,
         config.seed,
     )

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_COARSE_CELLS",
     "GroupRule",
     "bisect_order",
+    "cut_widest",
     "group",
     "sort_within",
     "split_oversized",
@@ -27,6 +28,7 @@ __all__ = [
 
 COARSE_CELL = 512
 MAX_COARSE_CELLS = 256
+WIDEST_SHARE = 8
 _POWER_ROUNDS = 3
 _SCRATCH_ELEMENTS = 1 << 22
 
@@ -39,6 +41,7 @@ class GroupRule(NamedTuple):
     target : points per promoted parent.
     largest : most points of a group.
     rounds : refinements of the parents.
+    cuts : rounds in which the widest eighth of the groups is cut in two.
     segment : most points grouped among themselves.
     seed : which points are promoted.
     """
@@ -46,6 +49,7 @@ class GroupRule(NamedTuple):
     target: int
     largest: int
     rounds: int
+    cuts: int
     segment: int
     seed: int
 
@@ -73,6 +77,9 @@ def group(points: Tensor, row_lens: list[int], rule: GroupRule) -> tuple[Tensor,
     points = points - _row_means(points, row, len(row_lens))[row]
     order, segments_per_row = _segment_order(points, row_lens, rule)
     ids, num_groups, segment_of_group = _group_segments(points, order, rule)
+    for _ in range(rule.cuts):
+        ids, segment_of_group = cut_widest(points, ids, segment_of_group)
+        num_groups = segment_of_group.numel()
     ids, segment_of_group = split_oversized(points, ids, num_groups, rule.largest, segment_of_group)
     return _number_by_segment(ids, segment_of_group, segments_per_row)
 
@@ -113,6 +120,47 @@ def split_oversized(
         num_groups += oversized.numel()
 
 
+def cut_widest(points: Tensor, ids: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut the groups in two whose farthest point is farthest from the mean.
+
+    A key unlike its group hides in the group's mean, and the query that wants it misses it. They are
+    cut where their main direction passes the mean, so that such a point is left alone.
+
+    Parameters
+    ----------
+    points : Tensor, shape [points, dim], float32
+    ids : Tensor, shape [points], int64
+        Each point's group; none is empty.
+    owner : Tensor, shape [groups], int64
+        Any label of a group; of each label's groups the widest eighth is cut.
+
+    Returns
+    -------
+    ids, owner : Tensor
+        New groups are numbered behind the others and inherit their owner.
+    """
+    counts = torch.bincount(ids)
+    distance = _centred(points, ids, counts).square().sum(1)
+    reach = torch.zeros_like(owner, dtype=points.dtype).scatter_reduce(0, ids, distance, "amax")
+    by_reach = sort_within(owner, -reach)
+    per_owner = torch.bincount(owner)
+    rank = torch.arange(owner.numel(), device=ids.device)
+    rank -= (per_owner.cumsum(0) - per_owner)[owner[by_reach]]
+    widest = by_reach[rank < (per_owner // WIDEST_SHARE)[owner[by_reach]]]
+    label = torch.full_like(counts, -1)
+    label[widest] = torch.arange(widest.numel(), device=ids.device)
+    members = (label[ids] >= 0).nonzero()[:, 0]
+    label = label[ids[members]]
+    beyond = _project(points[members], label, counts[widest]) > 0
+    num_beyond = torch.zeros_like(widest).index_add_(0, label, beyond.long())
+    is_cut = (num_beyond > 0) & (num_beyond < counts[widest])
+    number = counts.numel() + is_cut.cumsum(0) - 1
+    moved = beyond & is_cut[label]
+    ids = ids.clone()
+    ids[members[moved]] = number[label[moved]]
+    return ids, torch.cat([owner, owner[widest[is_cut]]])
+
+
 def bisect_order(points: Tensor) -> Tensor:
     """Return an order of the points in which near ones are near, shape [points], int64.
 
@@ -138,22 +186,28 @@ def sort_within(ids: Tensor, key: Tensor) -> Tensor:
 
 def _upper_half(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     """Say of each point whether it lies in the upper half of its group's main direction."""
-    num_groups = counts.shape[0]
-    mean = sum_groups(points, ids, num_groups)
-    centred = points - (mean / counts.clamp(min=1)[:, None])[ids]
-    by_norm = sort_within(ids, (centred * centred).sum(1))
-    ends = counts.cumsum(0)
-    farthest = by_norm[(ends - 1).clamp(min=0)]
-    direction = centred[farthest]
-    for _ in range(_POWER_ROUNDS):
-        weight = (centred * direction[ids]).sum(1, keepdim=True)
-        direction = sum_groups(weight * centred, ids, num_groups)
-        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-20)
-    order = sort_within(ids, (centred * direction[ids]).sum(1))
+    order = sort_within(ids, _project(points, ids, counts))
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)
-    rank -= (ends - counts)[ids]
+    rank -= (counts.cumsum(0) - counts)[ids]
     return rank >= (counts - counts // 2)[ids]
+
+
+def _project(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    """Return where each point lies along its group's main direction, from the group's mean."""
+    centred = _centred(points, ids, counts)
+    by_norm = sort_within(ids, (centred * centred).sum(1))
+    direction = centred[by_norm[(counts.cumsum(0) - 1).clamp(min=0)]]
+    for _ in range(_POWER_ROUNDS):
+        weight = (centred * direction[ids]).sum(1, keepdim=True)
+        direction = sum_groups(weight * centred, ids, counts.numel())
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-20)
+    return (centred * direction[ids]).sum(1)
+
+
+def _centred(points: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    mean = sum_groups(points, ids, counts.numel()) / counts.clamp(min=1)[:, None]
+    return points - mean[ids]
 
 
 def _row_means(points: Tensor, row: Tensor, num_rows: int) -> Tensor:

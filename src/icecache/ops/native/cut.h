@@ -39,10 +39,11 @@ static inline void sort_stable(const float *key, int64_t num, int32_t *order, in
     }
 }
 
-/* Project members of x on their main direction, to c->key. */
-static inline void project(const Cut *c, const float *x, const int32_t *members, int64_t num,
-                           int64_t dim) {
-    float *mean = c->mean, *direction = c->direction, farthest = -1.0f;
+/* Centre members of x on their mean; returns the farthest's squared distance, c->direction points
+ * to it. */
+static inline float centre_members(const Cut *c, const float *x, const int32_t *members,
+                                   int64_t num, int64_t dim) {
+    float *mean = c->mean, farthest = -1.0f;
     memset(mean, 0, sizeof(float) * (size_t)dim);
     for (int64_t m = 0; m < num; m++) add_scaled(mean, 1.0f, x + members[m] * dim, dim);
     for (int64_t k = 0; k < dim; k++) mean[k] /= (float)num;
@@ -53,9 +54,17 @@ static inline void project(const Cut *c, const float *x, const int32_t *members,
         float norm = dot(centred, centred, dim);
         if (norm >= farthest) {
             farthest = norm;
-            memcpy(direction, centred, sizeof(float) * (size_t)dim);
+            memcpy(c->direction, centred, sizeof(float) * (size_t)dim);
         }
     }
+    return farthest;
+}
+
+/* Project members of x on their main direction, to c->key. */
+static inline void project(const Cut *c, const float *x, const int32_t *members, int64_t num,
+                           int64_t dim) {
+    float *direction = c->direction;
+    centre_members(c, x, members, num, dim);
     for (int round = 0; round < POWER_ROUNDS; round++) {
         for (int64_t m = 0; m < num; m++) c->key[m] = dot(c->centred + m * dim, direction, dim);
         memset(direction, 0, sizeof(float) * (size_t)dim);
@@ -66,6 +75,42 @@ static inline void project(const Cut *c, const float *x, const int32_t *members,
         for (int64_t k = 0; k < dim; k++) direction[k] *= weight;
     }
     for (int64_t m = 0; m < num; m++) c->key[m] = dot(c->centred + m * dim, direction, dim);
+}
+
+CLONES static void project_members(const Cut *cut, const float *x, const int32_t *members,
+                                   int64_t num, int64_t dim) {
+    project(cut, x, members, num, dim);
+}
+
+/* Reorder members, the lower half first, each half in its old order; returns the lower's number. */
+static int64_t halve(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim) {
+    int64_t lower = num - num / 2, low = 0, high = lower;
+    project_members(cut, x, members, num, dim);
+    sort_stable(cut->key, num, cut->sorted, cut->spare);
+    for (int64_t i = 0; i < num; i++) cut->spare[cut->sorted[i]] = i >= lower;
+    for (int64_t m = 0; m < num; m++) cut->sorted[cut->spare[m] ? high++ : low++] = members[m];
+    memcpy(members, cut->sorted, sizeof(int32_t) * (size_t)num);
+    return lower;
+}
+
+/* Number the members that lie beyond their mean along their main direction; 0 if none or all do. */
+static int part_at_mean(const Cut *cut, const float *x, const int32_t *members, int64_t num,
+                        int64_t dim, int32_t *group, int32_t number) {
+    int64_t beyond = 0;
+    project_members(cut, x, members, num, dim);
+    for (int64_t m = 0; m < num; m++) beyond += cut->key[m] > 0.0f;
+    if (beyond == 0 || beyond == num) return 0;
+    for (int64_t m = 0; m < num; m++)
+        if (cut->key[m] > 0.0f) group[members[m]] = number;
+    return 1;
+}
+
+static void bisect(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim,
+                   int levels) {
+    if (levels <= 0 || num <= 2) return;
+    int64_t lower = halve(cut, x, members, num, dim);
+    bisect(cut, x, members, lower, dim, levels - 1);
+    bisect(cut, x, members + lower, num - lower, dim, levels - 1);
 }
 
 #endif

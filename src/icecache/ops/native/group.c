@@ -8,6 +8,7 @@
 #include "vector.h"
 
 #define POINTS_AHEAD 16
+#define WIDEST_SHARE 8
 
 /* The points of a row, as they come. */
 typedef struct {
@@ -17,7 +18,7 @@ typedef struct {
 } Points;
 
 typedef struct {
-    int64_t target, largest, rounds, segment, seed, coarse_cell, most_cells;
+    int64_t target, largest, rounds, cuts, segment, seed, coarse_cell, most_cells;
 } Rule;
 
 /* Of one call, for the longest row. */
@@ -26,7 +27,7 @@ typedef struct {
     Parents packed;
     Cut cut;
     double *sum;
-    float *centre, *x, *tiles, *parents;
+    float *centre, *x, *tiles, *parents, *reach;
     int32_t *order, *cell, *filled; /* of a row's points */
     int32_t *nearest, *group, *members, *start, *at, *next, *number;
 } Scratch;
@@ -59,6 +60,7 @@ static size_t lay_out(Scratch *s, char *base, int64_t longest, int64_t dim, cons
     s->x = take(base, &used, points * dim, sizeof(float));
     s->tiles = take(base, &used, (points + TILE_POINTS) * dim, sizeof(float));
     s->parents = take(base, &used, parents * dim, sizeof(float));
+    s->reach = take(base, &used, points, sizeof(float));
     s->cut.centred = take(base, &used, points * dim, sizeof(float));
     s->cut.key = take(base, &used, points, sizeof(float));
     s->cut.mean = take(base, &used, dim, sizeof(float));
@@ -70,30 +72,6 @@ static size_t lay_out(Scratch *s, char *base, int64_t longest, int64_t dim, cons
     for (int i = 0; i < 9; i++)
         *of_segment[i] = take(base, &used, points + TILE_POINTS + 1, sizeof(int32_t));
     return used;
-}
-
-CLONES static void project_members(const Cut *cut, const float *x, const int32_t *members,
-                                   int64_t num, int64_t dim) {
-    project(cut, x, members, num, dim);
-}
-
-/* Reorder members, the lower half first, each half in its old order; returns the lower's number. */
-static int64_t halve(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim) {
-    int64_t lower = num - num / 2, low = 0, high = lower;
-    project_members(cut, x, members, num, dim);
-    sort_stable(cut->key, num, cut->sorted, cut->spare);
-    for (int64_t i = 0; i < num; i++) cut->spare[cut->sorted[i]] = i >= lower;
-    for (int64_t m = 0; m < num; m++) cut->sorted[cut->spare[m] ? high++ : low++] = members[m];
-    memcpy(members, cut->sorted, sizeof(int32_t) * (size_t)num);
-    return lower;
-}
-
-static void bisect(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim,
-                   int levels) {
-    if (levels <= 0 || num <= 2) return;
-    int64_t lower = halve(cut, x, members, num, dim);
-    bisect(cut, x, members, lower, dim, levels - 1);
-    bisect(cut, x, members + lower, num - lower, dim, levels - 1);
 }
 
 CLONES static void find_centre(Scratch *s, const Points *points) {
@@ -198,6 +176,31 @@ static int64_t list_members(Scratch *s, int64_t num, int64_t num_parents) {
     return groups;
 }
 
+/* How far each group's farthest member is from its mean, squared and negative: widest first. */
+CLONES static void measure_reach(Scratch *s, int64_t groups, int64_t dim) {
+    for (int64_t g = 0; g < groups; g++)
+        s->reach[g] = -centre_members(&s->cut, s->x, s->members + s->start[g],
+                                      s->start[g + 1] - s->start[g], dim);
+}
+
+/* In every round, cut the eighth of the groups in two whose farthest member is farthest from the
+ * mean: one key unlike its group would hide in it. Returns how many groups there are then. */
+static int64_t cut_widest(Scratch *s, int64_t num, int64_t groups, int64_t dim, int64_t rounds) {
+    for (int64_t round = 0; round < rounds; round++) {
+        int64_t more = groups;
+        measure_reach(s, groups, dim);
+        sort_stable(s->reach, groups, s->at, s->next);
+        memcpy(s->nearest, s->group, sizeof(int32_t) * (size_t)num);
+        for (int64_t i = 0; i < groups / WIDEST_SHARE; i++) {
+            const int32_t *first = s->members + s->start[s->at[i]];
+            int64_t count = s->start[s->at[i] + 1] - s->start[s->at[i]];
+            more += part_at_mean(&s->cut, s->x, first, count, dim, s->nearest, (int32_t)more);
+        }
+        groups = list_members(s, num, more);
+    }
+    return groups;
+}
+
 /* Cut groups above the largest size in halves; new ones are numbered in rounds over all of them. */
 static int64_t cut_groups(Scratch *s, int64_t groups, int64_t dim, int64_t largest) {
     int32_t *first = s->at, *size = s->next, *number = s->number;
@@ -260,6 +263,7 @@ static int64_t group_row(Scratch *s, const Points *points, const Rule *rule, int
         gather(s, points, order, 0, 1, here);
         promote_and_refine(s, here, dim, rule);
         int64_t found = list_members(s, here, parts(here, rule->target));
+        found = cut_widest(s, here, found, dim, rule->cuts);
         found = cut_groups(s, found, dim, rule->largest);
         for (int64_t i = 0; i < here; i++)
             ids[order ? order[i] : i] = first_group + groups + s->group[i];
