@@ -137,7 +137,8 @@ def cut_widest(points: Tensor, ids: Tensor, owner: Tensor) -> tuple[Tensor, Tens
     Returns
     -------
     ids, owner : Tensor
-        New groups are numbered behind the others and inherit their owner.
+        New groups are numbered behind the others and inherit their owner; the side of a group's
+        first point keeps the number.
     """
     counts = torch.bincount(ids)
     distance = _centred(points, ids, counts).square().sum(1)
@@ -151,13 +152,17 @@ def cut_widest(points: Tensor, ids: Tensor, owner: Tensor) -> tuple[Tensor, Tens
     label[widest] = torch.arange(widest.numel(), device=ids.device)
     members = (label[ids] >= 0).nonzero()[:, 0]
     label = label[ids[members]]
-    beyond = _project(points[members], label, counts[widest]) > 0
-    num_beyond = torch.zeros_like(widest).index_add_(0, label, beyond.long())
-    is_cut = (num_beyond > 0) & (num_beyond < counts[widest])
+    is_beyond = _project(points[members], label, counts[widest]) > 0
+    # of a pair, rounding would say which is beyond
+    first = torch.full_like(widest, points.shape[0]).scatter_reduce(
+        0, label, torch.arange(label.numel(), device=ids.device), "amin"
+    )
+    moves = is_beyond != is_beyond[first[label]]
+    is_cut = torch.zeros_like(widest, dtype=torch.bool)
+    is_cut[label[moves]] = True
     number = counts.numel() + is_cut.cumsum(0) - 1
-    moved = beyond & is_cut[label]
     ids = ids.clone()
-    ids[members[moved]] = number[label[moved]]
+    ids[members[moves]] = number[label[moves]]
     return ids, torch.cat([owner, owner[widest[is_cut]]])
 
 

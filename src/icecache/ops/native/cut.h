@@ -93,16 +93,18 @@ static int64_t halve(const Cut *cut, const float *x, int32_t *members, int64_t n
     return lower;
 }
 
-/* Number the members that lie beyond their mean along their main direction; 0 if none or all do. */
+/* Cut members where their main direction passes their mean; the side without `first`, one of them,
+ * gets the number. 0 if all are on one side. */
 static int part_at_mean(const Cut *cut, const float *x, const int32_t *members, int64_t num,
-                        int64_t dim, int32_t *group, int32_t number) {
-    int64_t beyond = 0;
+                        int64_t dim, int64_t first, int32_t *group, int32_t number) {
+    int64_t moved = 0;
     project_members(cut, x, members, num, dim);
-    for (int64_t m = 0; m < num; m++) beyond += cut->key[m] > 0.0f;
-    if (beyond == 0 || beyond == num) return 0;
     for (int64_t m = 0; m < num; m++)
-        if (cut->key[m] > 0.0f) group[members[m]] = number;
-    return 1;
+        if ((cut->key[m] > 0.0f) != (cut->key[first] > 0.0f)) {
+            group[members[m]] = number;
+            moved++;
+        }
+    return moved > 0;
 }
 
 static void bisect(const Cut *cut, const float *x, int32_t *members, int64_t num, int64_t dim,

@@ -185,16 +185,20 @@ CLONES static void measure_reach(Scratch *s, int64_t groups, int64_t dim) {
 
 /* In every round, cut the eighth of the groups in two whose farthest member is farthest from the
  * mean: one key unlike its group would hide in it. Returns how many groups there are then. */
-static int64_t cut_widest(Scratch *s, int64_t num, int64_t groups, int64_t dim, int64_t rounds) {
+static int64_t cut_widest(Scratch *s, const int32_t *order, int64_t num, int64_t groups,
+                          int64_t dim, int64_t rounds) {
     for (int64_t round = 0; round < rounds; round++) {
         int64_t more = groups;
         measure_reach(s, groups, dim);
         sort_stable(s->reach, groups, s->at, s->next);
         memcpy(s->nearest, s->group, sizeof(int32_t) * (size_t)num);
         for (int64_t i = 0; i < groups / WIDEST_SHARE; i++) {
-            const int32_t *first = s->members + s->start[s->at[i]];
-            int64_t count = s->start[s->at[i] + 1] - s->start[s->at[i]];
-            more += part_at_mean(&s->cut, s->x, first, count, dim, s->nearest, (int32_t)more);
+            const int32_t *members = s->members + s->start[s->at[i]];
+            int64_t count = s->start[s->at[i] + 1] - s->start[s->at[i]], first = 0;
+            for (int64_t m = 1; order && m < count; m++)
+                if (order[members[m]] < order[members[first]]) first = m;
+            more += part_at_mean(&s->cut, s->x, members, count, dim, first, s->nearest,
+                                 (int32_t)more);
         }
         groups = list_members(s, num, more);
     }
@@ -263,7 +267,7 @@ static int64_t group_row(Scratch *s, const Points *points, const Rule *rule, int
         gather(s, points, order, 0, 1, here);
         promote_and_refine(s, here, dim, rule);
         int64_t found = list_members(s, here, parts(here, rule->target));
-        found = cut_widest(s, here, found, dim, rule->cuts);
+        found = cut_widest(s, order, here, found, dim, rule->cuts);
         found = cut_groups(s, found, dim, rule->largest);
         for (int64_t i = 0; i < here; i++)
             ids[order ? order[i] : i] = first_group + groups + s->group[i];
