@@ -39,7 +39,7 @@ class IceCacheConfig:
     crossover : int, default 16384
         Leaves up to which a row is scanned flat; with more, a search descends from the top. A row
         of no more leaves than the budget has tokens is always scanned flat.
-    field_of_view : int, default 640
+    field_of_view : int, default 576
         Nodes above the leaves that a descent expands, and half as many of each level further up;
         the others are attended through their own summaries. Larger is more faithful and costs scan
         time in proportion.
@@ -119,7 +119,7 @@ class IceCacheConfig:
     page_size: int = 16
     fan_out: int = 12
     crossover: int = 16384
-    field_of_view: int = 640
+    field_of_view: int = 576
     dense_until: int = 0
     layer_reuse: int = 1
     remainder: bool | None = None

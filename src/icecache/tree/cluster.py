@@ -123,8 +123,8 @@ def split_oversized(
 def cut_widest(points: Tensor, ids: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """Cut the groups in two whose farthest point is farthest from the mean.
 
-    A key unlike its group hides in the group's mean, and the query that wants it misses it. They are
-    cut where their main direction passes the mean, so that such a point is left alone.
+    A key unlike its group hides in the group's mean, and the query that wants it misses it. Groups
+    are cut where their main direction passes the mean, so that such a point is left alone.
 
     Parameters
     ----------
