@@ -64,8 +64,9 @@ class IceCacheConfig:
         Rounds that move promoted parents to the mean of their keys; 0 is the paper's promotion.
     cut_rounds : int, default 4
         Rounds that then cut the leaves in two whose farthest key is farthest from their mean, an
-        eighth of them each, so that no key hides among others unlike it; so many fewer are
-        promoted that `leaf_target` holds. 0 leaves promotion's leaves as they are.
+        eighth of them each, so that a key is less likely to hide among others unlike it; fewer
+        are promoted, so that leaves keep about their size. 0 leaves promotion's leaves as they
+        are.
     segment_tokens : int, default 2048
         Keys clustered together in one batch; the cost of a build is linear in the context for
         any value and proportional to this one.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from icecache.config import IceCacheConfig
-from icecache.tree.build import build_leaves
+from icecache.tree.build import _rule_above, build_leaves
 from icecache.tree.cluster import (
     GroupRule,
     _segment_order,
@@ -60,16 +60,37 @@ def test_any_rule(grouping: Group, target: int, largest: int, rounds: int) -> No
     _assert_partition(ids, per_row, ROW_LENS, largest)
 
 
-def test_a_point_unlike_its_group_is_cut_off(grouping: Group) -> None:
-    """Promotion passes it over; in a group's mean it would be hidden from the query it is for."""
+def _with_lone_points() -> tuple[Tensor, Tensor]:
+    """Return points, and the numbers of three among them that are unlike all others."""
     points = clustered(5, 512, 32, centres=100)
     lone = torch.tensor([101, 202, 303])
     points[lone] += points.norm(dim=1).max() * torch.eye(32)[:3]
+    return points, lone
+
+
+def test_a_point_unlike_its_group_is_cut_off(grouping: Group) -> None:
+    """Promotion passes it over; in a group's mean it would be hidden from the query it is for."""
+    points, lone = _with_lone_points()
     rule = GroupRule(target=8, largest=8, rounds=2, cuts=0, segment=512, seed=0)
     hidden, _ = grouping(points, [512], rule)
     found, _ = grouping(points, [512], rule._replace(cuts=4))
     assert (torch.bincount(hidden)[hidden[lone]] > 1).all()
     assert (torch.bincount(found)[found[lone]] == 1).all()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_build_cuts_leaves_and_keeps_their_number(backend: Any) -> None:
+    points, lone = _with_lone_points()
+    config = IceCacheConfig(backend=backend)
+    plain = build_leaves(points, [512], config.replace(cut_rounds=0))
+    cut = build_leaves(points, [512], config)
+    assert not (torch.bincount(plain.ids)[plain.ids[lone]] == 1).all()
+    assert (torch.bincount(cut.ids)[cut.ids[lone]] == 1).all()
+    assert cut.per_row[0] == pytest.approx(plain.per_row[0], rel=0.1)
+
+
+def test_nodes_are_not_cut() -> None:
+    assert _rule_above(IceCacheConfig()).cuts == 0
 
 
 def test_equal_points_are_not_cut(grouping: Group) -> None:
@@ -82,7 +103,10 @@ def test_equal_points_are_not_cut(grouping: Group) -> None:
 
 
 @pytest.mark.parametrize("segment", [80, 2048])
-def test_the_widest_eighth_is_cut_in_every_round(grouping: Group, segment: int) -> None:
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_an_eighth_of_every_segments_groups_is_cut(
+    grouping: Group, segment: int, cuts: int
+) -> None:
     """Of every segment, so that no part of a context is served at the cost of another."""
     points = clustered(6, 2 * segment, 16)
     points[:segment] *= 100.0
@@ -90,10 +114,12 @@ def test_the_widest_eighth_is_cut_in_every_round(grouping: Group, segment: int) 
     alone = rule._replace(target=segment, largest=segment)
     parts = grouping(points, [2 * segment], alone)[0]
     before = grouping(points, [2 * segment], rule)[0]
-    after = grouping(points, [2 * segment], rule._replace(cuts=1))[0]
+    after = grouping(points, [2 * segment], rule._replace(cuts=cuts))[0]
     for part in (0, 1):
         groups = before[parts == part].unique().numel()
-        assert after[parts == part].unique().numel() == groups + groups // 8
+        for _ in range(cuts):
+            groups += groups // 8
+        assert after[parts == part].unique().numel() == groups
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])

@@ -1,4 +1,4 @@
-"""Grouping of points by nearness: promotion, refinement and the cut to a largest group size.
+"""Grouping of points by nearness: promotion, refinement, cuts of the widest and the too large.
 
 Points come ragged: the rows of a batch lie one after the other in a flat tensor. Every step works
 on all rows at once. A row is first put in an order in which near points are near, then cut into
@@ -18,6 +18,7 @@ from icecache.ops.batched import sum_groups
 __all__ = [
     "COARSE_CELL",
     "MAX_COARSE_CELLS",
+    "WIDEST_SHARE",
     "GroupRule",
     "bisect_order",
     "cut_widest",
