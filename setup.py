@@ -16,7 +16,7 @@ setup(
                 for name in (
                     *("search", "descend", "given", "row", "remainder", "step"),
                     *("dense", "decode", "path", "grow", "insert", "group", "pack"),
-                    *("fill", "products", "distances"),
+                    *("fill", "products", "distances", "linear", "block", "forward", "team"),
                 )
             ],
             depends=[
@@ -25,6 +25,7 @@ setup(
                     *("layer", "vector", "search", "row", "remainder", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
                     *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
+                    *("linear", "block", "forward", "team"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

@@ -11,8 +11,10 @@ the machine does hits all alike; the first block is not timed.
 
 `ratio` is how often a cache's step fits into DynamicCache's, the median over the blocks.
 DynamicCache answers greedily and the others are given its tokens; `agreement` is the share of timed
-steps in which they would have said the next one too, in real contexts. `icecache:compiled` runs its
-steps through torch.compile, `llama.cpp` the same model in 4 bits a weight, where it is installed.
+steps in which they would have said the next one too, in real contexts. `icecache` runs its steps as
+`attach` does by default, natively where the model has such a step; `icecache:torch` as the model
+does them, `icecache:compiled` through torch.compile; `llama.cpp` the same model in 4 bits a weight,
+where it is installed.
 `prefill_s` ends with the prompt's last logits; `settle_s` is what a cache's
 own threads took after that, before anything else ran. `kv_bytes` is what a cache holds at the end,
 index and reserved room included. `peak_rss` is sampled every 20 ms by a thread during a cache's own
@@ -40,7 +42,7 @@ from common import (
     set_threads,
     write_json,
 )
-from decode_caches import COMPILED, OPENERS, sort_out
+from decode_caches import COMPILED, OPENERS, TORCH, sort_out
 from decode_measure import BLOCK, CHUNK, Case, measure
 from decode_model import SHAPES, Subject, check_model, load_subject, prompt_ids
 
@@ -64,10 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--caches",
         nargs="+",
-        default=[name for name in OPENERS if name != COMPILED],
+        default=[name for name in OPENERS if name not in (COMPILED, TORCH)],
         metavar="NAME",
-        help=f"of {', '.join(OPENERS)} (default: all but the compiled step, which takes a minute "
-        "to make; those that cannot run are named)",
+        help=f"of {', '.join(OPENERS)} (default: all but IceCache's two other kinds of step; those "
+        "that cannot run are named)",
     )
     parser.add_argument("--synthetic", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of the real contexts")

@@ -19,8 +19,9 @@ from icecache.integrations.embedded import EMBEDDED
 from icecache.integrations.transformers import IceCache, attach
 from icecache.integrations.transformers.compiled import CompiledStep
 from icecache.integrations.transformers.layer import ManagedLayer
+from icecache.integrations.transformers.native import NativeStep
 
-COMPILED = "icecache:compiled"
+COMPILED, TORCH = "icecache:compiled", "icecache:torch"
 _QUANTO = "pip install optimum-quanto ninja"
 # the smallest group that 4-bit caches quantize together
 _PROBE = 64
@@ -97,6 +98,7 @@ def _llama(opening: Opening) -> Cache:
 OPENERS: dict[str, Callable[[Opening], Cache]] = {
     "icecache": _icecache,
     COMPILED: _icecache,
+    TORCH: _icecache,
     "dynamic": _dynamic,
     "static": _static,
     "quantized": _quantized,
@@ -115,12 +117,13 @@ class Player:
         self.model = opening.model
         self.cache = OPENERS[name](opening)
         self._settings = opening.settings
-        self._step = _compiled_step(opening.model) if name == COMPILED else None
+        make = {"icecache": _native_step, COMPILED: _compiled_step}.get(name)
+        self._step = None if make is None else make(opening.model)
 
     def attached(self) -> AbstractContextManager[Any]:
         """Let the model run the attention of this cache, and no longer than that."""
         if isinstance(self.cache, IceCache):
-            return attach(self.model, **self._settings)
+            return attach(self.model, native=False, compile=False, **self._settings)
         return nullcontext()
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -167,8 +170,15 @@ class Player:
 @lru_cache(maxsize=1)
 def _compiled_step(model: PreTrainedModel) -> CompiledStep:
     """One graph for all lengths."""
-    with attach(model, compile=False):
+    with attach(model, native=False, compile=False):
         return CompiledStep(model)
+
+
+@lru_cache(maxsize=1)
+def _native_step(model: PreTrainedModel) -> NativeStep | None:
+    """What `attach` would run; None for models that have no native step."""
+    with attach(model, compile=False) as attachment:
+        return attachment.decode if isinstance(attachment.decode, NativeStep) else None
 
 
 def make_player(name: str, opening: Opening) -> Player | LlamaPlayer:

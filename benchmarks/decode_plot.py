@@ -13,7 +13,8 @@ Rows = list[dict[str, Any]]
 
 _LABELS = {
     "icecache": "IceCache",
-    "icecache:compiled": "IceCache, compiled step",
+    "icecache:torch": "IceCache, step by torch",
+    "icecache:compiled": "IceCache, step by torch.compile",
     "llama.cpp": "llama.cpp, 4 bits a weight",
     "dynamic": "DynamicCache",
     "static": "StaticCache",

@@ -14,7 +14,7 @@ from icecache.errors import HostMemoryExceeded
 from icecache.ops.native import DTYPES, MAX_DIM, MAX_HEADS, Result, Segment, Shape, load, pointer
 
 __all__ = [
-    "NativeStep",
+    "Outcome",
     "Span",
     "attend_native",
     "attend_spans",
@@ -43,7 +43,7 @@ class Span(NamedTuple):
     lens: np.ndarray
 
 
-class NativeStep(NamedTuple):
+class Outcome(NamedTuple):
     """What a step gives.
 
     Attributes
@@ -73,9 +73,7 @@ def can_attend_spans(query: Tensor, dtype: torch.dtype) -> bool:
     return query.shape[1] <= MAX_HEADS and query.shape[2] <= MAX_DIM and dtype in DTYPES
 
 
-def attend_native(
-    ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
-) -> NativeStep:
+def attend_native(ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig) -> Outcome:
     """Attend one query token per head; spans: what is attended anyhow, sink and window."""
     out, room = torch.empty_like(ask.query), _room(spans, config)
     selects = config.layer_reuse > 1 and ask.positions is None
@@ -90,9 +88,7 @@ def attend_spans(ask: Ask, spans: list[Span], config: IceCacheConfig) -> Tensor:
     return out
 
 
-def search_native(
-    ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig
-) -> NativeStep:
+def search_native(ask: Ask, spans: list[Span], stored: Stored, config: IceCacheConfig) -> Outcome:
     """Say which tokens a step would select; arguments as in `attend_native`."""
     room = _room(spans, config)
     return _call(ask, spans, stored, config, room, None, _no_positions(ask, room))
@@ -141,7 +137,7 @@ def _call(
     room: int,
     out: Tensor | None,
     positions: Tensor | None,
-) -> NativeStep:
+) -> Outcome:
     rows, heads, dim = ask.query.shape
     shape = Shape(
         rows=rows,
@@ -180,4 +176,4 @@ def _call(
     if failed:
         longest = _most_fixed(spans) if stored is None else stored.tree.leaves.longest
         raise HostMemoryExceeded(longest * heads * 16, 0)
-    return NativeStep(out, num_attended, positions, result.nodes_scored, result.leaves_scored)
+    return Outcome(out, num_attended, positions, result.nodes_scored, result.leaves_scored)

@@ -23,9 +23,9 @@ from icecache.config import IceCacheConfig
 from icecache.errors import HostMemoryExceeded, InputError
 from icecache.ops.native import DTYPES, Answer, Decode, Shape, Tokens, View, load
 
-__all__ = ["FusedStep", "NewToken"]
+__all__ = ["ATTENDED", "NOTHING", "STOPPED", "FusedStep", "NewToken"]
 
-_ATTENDED, _NOT_FINITE, _STOPPED, _NO_MEMORY, _OVERFLOWED = range(5)
+ATTENDED, NOTHING, STOPPED, _NO_MEMORY, _OVERFLOWED = range(5)
 
 
 class NewToken(NamedTuple):
@@ -72,6 +72,7 @@ class FusedStep:
         self._end = 0
         self._buffer: Tensor | None = None
         self._indexed: IndexedTokens | None = None
+        self._pointed: NewToken | None = None
         self.took_in = False
 
     def run(self, new: NewToken, counters: Counters) -> Tensor | None:
@@ -80,26 +81,74 @@ class FusedStep:
         None, and nothing has changed, where only the twin can do that, or say what is wrong. After
         an error `took_in` says whether the token is there all the same.
         """
+        if not self.ready(new):
+            return None
+        out = torch.empty(self._query_shape, dtype=self.context.tail.dtype)
+        self.open(out)
+        stopped, answer = self._stopped, self._answer
+        stopped.value = -1
+        while True:
+            status: int = self._call(*self._references)
+            if status != STOPPED:
+                break
+            self.provide(stopped.value, answer)
+        return out if self.close(status, stopped.value, counters) else None
+
+    def ready(self, new: NewToken) -> bool:
+        """Prepare for a token of each row; False, and nothing has changed, if only the twin can."""
         self.took_in = False
+        if new is self._pointed and self._is_prepared(new):
+            return True
         if not all(isinstance(x, Tensor) for x in (new.query, new.keys, new.values)):
-            return None
+            return False
         if not (self._is_prepared(new) or self._prepare(new)):
-            return None
-        decode, dtype = self._decode, self.context.tail.dtype
+            return False
+        decode, dtype, self._pointed = self._decode, self.context.tail.dtype, None
         if not (
             _point(decode.query, new.query, self._query_shape, dtype)
             and _point(decode.key, new.keys, self._token_shape, dtype)
             and _point(decode.value, new.values, self._token_shape, dtype)
         ):
-            return None
-        out = torch.empty(self._query_shape, dtype=dtype)
-        decode.out, decode.threads = out.data_ptr(), torch.get_num_threads()
-        indexed = self._indexed
+            return False
+        self._pointed = new
+        return True
+
+    def open(self, out: Tensor) -> Decode:
+        """Begin a step that is `ready`; `out`: where its output goes, contiguous.
+
+        What is returned is for the compiled call; `close` has to follow it.
+        """
+        decode, indexed = self._decode, self._indexed
+        decode.out, decode.threads, decode.end = out.data_ptr(), torch.get_num_threads(), self._end
         # an interrupt may come right behind the call: what was prepared holds only if all went well
         self._lens = None
-        status = self._extend() if indexed is None else self._slide(indexed)
-        if status == _NOT_FINITE:
-            return None
+        if indexed is None:
+            self._lengths += 1
+        else:
+            # what is interrupted between here and the end is in two places or in none
+            self.context.is_torn = True
+            self._point_to(indexed)
+        return decode
+
+    def provide(self, row: int, answer: Answer) -> None:
+        """Give a row what the compiled call stopped for."""
+        indexed = self._indexed
+        assert indexed is not None
+        provide(answer, row, indexed.tree, indexed.pool, indexed.pages)
+        self._point_to(indexed)
+
+    def close(self, status: int, row: int, counters: Counters) -> bool:
+        """Count what the compiled call did; False where it did nothing, not finite as tokens were.
+
+        row: as the call left it. `NOTHING, -1` is a step that never began.
+        """
+        indexed = self._indexed
+        if indexed is None:
+            self._close_dense(status)
+        else:
+            self._close_sparse(row, indexed)
+        if status == NOTHING:
+            return False
         if status == _NO_MEMORY:
             raise HostMemoryExceeded(self._wide.nbytes, 0)
         if status == _OVERFLOWED:
@@ -108,43 +157,28 @@ class FusedStep:
         if indexed is None:
             counters.count_dense(self._tokens)
         else:
-            done, attended = decode.result, self._attended
+            done, attended = self._decode.result, self._attended
             counters.inserted += attended.size
             counters.count_sparse(done.nodes_scored, done.leaves_scored, attended)
-        return out
+        return True
 
-    def _extend(self) -> int:
-        """Attend to all, the new token with them."""
-        self._lengths += 1
-        self._decode.end = self._end
-        self._stopped.value = -1
-        status: int = self._call(*self._references)
-        if status == _ATTENDED:
+    def _close_dense(self, status: int) -> None:
+        """All was attended, the new token with it."""
+        if status == ATTENDED:
             self.context.tail.advance(slides=False)
             self.took_in = True
             self._tokens += 1
-        return status
 
-    def _slide(self, indexed: IndexedTokens) -> int:
-        """Attend sparsely, and let the oldest token of each row's window enter the tree."""
-        context, stopped, rows = self.context, self._stopped, self._attended.size
-        stopped.value, self._decode.end = -1, self._end
-        # what is interrupted between here and the end is in two places or in none
-        context.is_torn = True
-        while True:
-            self._point_to(indexed)
-            status: int = self._call(*self._references)
-            if status != _STOPPED:
-                break
-            provide(self._answer, stopped.value, indexed.tree, indexed.pool, indexed.pages)
-        if stopped.value == rows:
+    def _close_sparse(self, row: int, indexed: IndexedTokens) -> None:
+        """The oldest token of each row's window has entered the tree."""
+        context, rows = self.context, self._attended.size
+        if row == rows:
             self._start += 1
             indexed.lens = [have + 1 for have in indexed.lens]
             self._position += 1
             context.tail.advance(slides=True)
             self.took_in = True
-        context.is_torn = 0 <= stopped.value < rows
-        return status
+        context.is_torn = 0 <= row < rows
 
     def _is_prepared(self, new: NewToken) -> bool:
         context, tail = self.context, self.context.tail

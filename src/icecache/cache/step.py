@@ -95,25 +95,14 @@ class Stepping(ABC):
             As `append` and `attend` do. The token was not taken in then, nor after any other
             error that leaves the context whole.
         """
-        context = self._context
-        # learned sinks, limits of memory and shared selections are the twin's
-        can_fuse = sink_logits is None and self.config.max_host_memory is None
-        can_fuse = can_fuse and not self.keeps_window
-        is_alone = self.config.layer_reuse == 1 or context is None or context.indexed is None
-        if context is not None and self._backend == "native" and can_fuse and is_alone:
-            if self._fused is None or self._fused.context is not context:
-                self._fused = FusedStep(self.config, context, self.num_kv_heads)
-            if context.indexed is not None and context.tail.longest >= self.config.window:
-                # what a prompt left over is built as `append` would build it
-                self._settle(self.config.window)
-                self._settle(self.config.window - 1)
-            factor = self.head_dim**-0.5 if scaling is None else scaling
-            new = NewToken(query, keys, values, factor, softcap)
+        factor = self.head_dim**-0.5 if scaling is None else scaling
+        # learned sinks are the twin's
+        fused = self.fused_step() if sink_logits is None else None
+        if fused is not None:
             try:
-                out = self._fused.run(new, self._counters)
+                out = fused.run(NewToken(query, keys, values, factor, softcap), self._counters)
             except BaseException:
-                if self._fused.took_in and not context.is_torn:
-                    self.crop(1)
+                self.take_back(fused)
                 raise
             if out is not None:
                 self._unsettled = 1
@@ -128,3 +117,38 @@ class Stepping(ABC):
             if self._context is not None and not self._context.is_torn:
                 self.crop(keys.shape[2])
             raise
+
+    def fused_step(self) -> FusedStep | None:
+        """Return what takes the next token in by a compiled call; None where only the twin can.
+
+        What a prompt left over is in the tree afterwards.
+        """
+        context, config = self._context, self.config
+        if context is None or self._backend != "native" or self.keeps_window:
+            return None
+        # limits of memory and shared selections are the twin's
+        if config.max_host_memory is not None:
+            return None
+        if context.indexed is not None:
+            if config.layer_reuse > 1:
+                return None
+            if context.tail.longest >= config.window:
+                # as `append` would build it
+                self._settle(config.window)
+                self._settle(config.window - 1)
+        if self._fused is None or self._fused.context is not context:
+            self._fused = FusedStep(config, context, self.num_kv_heads)
+        return self._fused
+
+    def close_step(self, fused: FusedStep, status: int, row: int) -> bool:
+        """`FusedStep.close`, with this layer's counters."""
+        has_run = fused.close(status, row, self._counters)
+        if has_run:
+            self._unsettled = 1
+        return has_run
+
+    def take_back(self, fused: FusedStep) -> None:
+        """Drop the token that a step took in before it failed."""
+        context = self._context
+        if fused.took_in and context is not None and not context.is_torn:
+            self.crop(1)

@@ -1,5 +1,6 @@
 """`attach`: let a model's own `generate` run with IceCache, and take that back."""
 
+import logging
 from types import TracebackType
 from typing import Any
 
@@ -7,19 +8,25 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from icecache.cache.make import runs_on_device
 from icecache.config import IceCacheConfig
-from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
+from icecache.errors import BackendUnavailable, IceCacheError, InputError, UnsupportedModel
 from icecache.integrations.transformers.attention import NAME, register
 from icecache.integrations.transformers.cache import IceCache, combine, warn_if_nothing_managed
 from icecache.integrations.transformers.compiled import CompiledStep, require_compilable
 from icecache.integrations.transformers.graph import CudaRecorder, GraphStep, require_recordable
+from icecache.integrations.transformers.native import NativeStep
 from icecache.integrations.transformers.pace import PacedStep
 from icecache.integrations.transformers.support import decoder_config, supports
+from icecache.ops.dispatch import resolve_backend
 
 __all__ = ["Attachment", "attach", "attention_of", "restore_attention", "set_attention"]
 
+_LOGGER = logging.getLogger(__name__)
 _HOOK = "_prepare_cache_for_generation"
 # what generate asks for the call that decodes: whether to compile it, and the call
 _MAY_COMPILE, _CALL = "_valid_auto_compile_criteria", "get_compiled_call"
+
+
+DecodeStep = NativeStep | CompiledStep | PacedStep | GraphStep
 
 
 class Attachment:
@@ -37,7 +44,7 @@ class Attachment:
         self,
         model: PreTrainedModel,
         settings: IceCacheConfig,
-        decode: CompiledStep | PacedStep | GraphStep | None = None,
+        decode: DecodeStep | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -114,9 +121,16 @@ class Attachment:
         self.cache = cache
 
     @property
+    def native_steps(self) -> int:
+        """Forwards of ``generate`` that ran as one call of the compiled ops."""
+        return self.decode.steps if isinstance(self.decode, NativeStep) else 0
+
+    @property
     def compiled_steps(self) -> int:
-        """Forwards of ``generate`` that ran compiled, or from a recorded graph."""
-        return 0 if self.decode is None else self.decode.steps
+        """Forwards of ``generate`` that ran through `torch.compile`, or from a recorded graph."""
+        if self.decode is None or isinstance(self.decode, NativeStep):
+            return 0
+        return self.decode.steps
 
     def _may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         # what cannot be compiled, the call below runs as it is
@@ -132,6 +146,7 @@ def attach(
     model: PreTrainedModel,
     settings: IceCacheConfig | None = None,
     *,
+    native: bool | None = None,
     compile: bool | None = None,
     graph: bool | None = None,
     **config: Any,
@@ -144,12 +159,17 @@ def attach(
         A causal decoder; see `icecache.supports`.
     settings : IceCacheConfig, optional
         All settings at once.
+    native : bool, optional
+        Run the decode steps of ``generate`` as one call of the compiled ops, products with the
+        weights included. By default wherever the model can: a decoder built like Llama's, in
+        float32 or bfloat16 on the CPU, every layer's cache IceCache's; before the first such step
+        it is compared with the model itself. True raises where that cannot be, False never does it.
     compile : bool, optional
-        Run the decode steps of ``generate`` through `torch.compile`, as one graph. By default that
-        begins after some thousand steps, because making the graph takes a minute, and goes on if
-        the steps are faster for it. True begins at once, False never does. The graph holds copies
-        of the weights. On the device path nothing is compiled by default, and True compiles what
-        `graph` records.
+        Run the decode steps of ``generate`` through `torch.compile`, as one graph. By default, for
+        models without a native step, that begins after some thousand steps, because making the
+        graph takes a minute, and goes on if the steps are faster for it. True begins at once, in
+        place of native steps; False never does. The graph holds copies of the weights. On the
+        device path nothing is compiled by default, and True compiles what `graph` records.
     graph : bool, optional
         Record a decode step of ``generate`` as one CUDA graph and replay it: on CUDA by default.
         Steps with padding run as they are, and so does by default a model of which some layer keeps
@@ -168,9 +188,11 @@ def attach(
     ConfigError
         On an unknown setting or a value outside its rule.
     UnsupportedModel
-        If the model cannot run with IceCache, compiled or recorded; it is left as it was.
+        If the model cannot run with IceCache, natively, compiled or recorded as asked for; it is
+        left as it was.
     BackendUnavailable
-        If it is to be compiled and there is no C++ compiler, or recorded and there is no CUDA.
+        If it is to run natively without the compiled ops, to be compiled without a C++ compiler, or
+        to be recorded without CUDA.
 
     Examples
     --------
@@ -189,13 +211,31 @@ def attach(
             "set it to False first"
         )
     warn_if_nothing_managed(report)
-    return Attachment(model, settings, _decode_step(model, settings, compile, graph))
+    if native and compile:
+        raise InputError(
+            "native=True and compile=True are two ways to run a step; pass one of them"
+        )
+    attachment = Attachment(model, settings, _decode_step(model, settings, native, compile, graph))
+    if native:
+        assert isinstance(attachment.decode, NativeStep)
+        try:
+            attachment.decode.check()
+        except BaseException:
+            attachment.detach()
+            raise
+    return attachment
 
 
 def _decode_step(
-    model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None, graph: bool | None
-) -> CompiledStep | PacedStep | GraphStep | None:
+    model: PreTrainedModel,
+    settings: IceCacheConfig,
+    native: bool | None,
+    compile: bool | None,
+    graph: bool | None,
+) -> DecodeStep | None:
     """Return what runs the decode steps, None to run them as they are."""
+    if native:
+        return _native_step(model, settings)
     if runs_on_device(settings, model.device):
         is_recorded = model.device.type == "cuda" if graph is None else graph
         if graph:
@@ -210,9 +250,23 @@ def _decode_step(
         return GraphStep(model, CudaRecorder(), bool(compile)) if is_recorded else None
     if graph:
         raise BackendUnavailable("graph=True needs a model on a CUDA device; pass graph=False")
-    if compile is False:
-        return None
-    return CompiledStep(model) if compile else PacedStep(model)
+    if compile:
+        return CompiledStep(model)
+    if native is None:
+        try:
+            return _native_step(model, settings)
+        except IceCacheError as reason:
+            _LOGGER.info("decode steps run through torch: %s", reason)
+    return None if compile is False else PacedStep(model)
+
+
+def _native_step(model: PreTrainedModel, settings: IceCacheConfig) -> NativeStep:
+    if resolve_backend(settings.backend) != "native":
+        raise BackendUnavailable(
+            "the native step is one of the compiled ops, and the backend is "
+            f"{settings.backend!r} here; pass native=False"
+        )
+    return NativeStep(model)
 
 
 def _check_prompt(model_kwargs: dict[str, Any]) -> None:

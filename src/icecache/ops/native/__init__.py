@@ -19,6 +19,7 @@ __all__ = [
     "MAX_DIM",
     "MAX_HEADS",
     "MOST_LEVELS",
+    "REBUILD",
     "Answer",
     "Build",
     "Decode",
@@ -38,7 +39,7 @@ MAX_HEADS = 256
 _VERSION = 8
 MAX_DIM = 512
 MOST_LEVELS = 12
-_REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
+REBUILD = "install a C compiler and run pip install --force-reinstall --no-deps . in the checkout"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -147,6 +148,7 @@ class Decode(ctypes.Structure):
         *((name, c_void_p) for name in ("offset", "answers", "wide", "out")),
         ("status", c_int64),
         ("result", Result),
+        ("team", c_void_p),
     ]
 
 
@@ -155,12 +157,12 @@ def load() -> ctypes.CDLL:
     """Return the library; `BackendUnavailable` where it was not built."""
     path = _library_path()
     if path is None:
-        raise BackendUnavailable(f"the compiled ops are not installed; {_REBUILD}")
+        raise BackendUnavailable(f"the compiled ops are not installed; {REBUILD}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailable(
-            f"the compiled ops cannot be loaded: {error}; {_REBUILD}"
+            f"the compiled ops cannot be loaded: {error}; {REBUILD}"
         ) from error
     _check_layout(library)
     library.icecache_sparse_step.argtypes = [
@@ -217,7 +219,7 @@ def _check_layout(library: ctypes.CDLL) -> None:
     except AttributeError:
         found = 0
     if found != expected:
-        raise BackendUnavailable(f"the compiled ops are of another version; {_REBUILD}")
+        raise BackendUnavailable(f"the compiled ops are of another version; {REBUILD}")
 
 
 def pointer(x: Tensor | None) -> int | None:

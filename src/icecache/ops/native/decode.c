@@ -105,7 +105,7 @@ static int attend(Decode *d) {
     widen(d);
     d->result.out = d->wide + d->shape.rows * d->shape.heads * d->shape.dim;
     if (icecache_sparse_step_then(&d->shape, d->tree, d->pages, d->segments, d->num_segments,
-                                  d->wide, d->sink_logits, d->threads, &d->result,
+                                  d->wide, d->sink_logits, (Hands){d->team, d->threads}, &d->result,
                                   d->tree ? &then : 0))
         return NO_MEMORY;
     narrow(d, d->result.out);

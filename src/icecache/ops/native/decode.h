@@ -27,6 +27,7 @@ typedef struct {
     void *out;                /* [rows, heads, dim] */
     int64_t status;           /* of the attention, while rows wait for what they lack */
     Result result;
+    Team *team; /* that attends; null: one of `threads` is made */
 } Decode;
 
 #endif

@@ -115,12 +115,32 @@ static int64_t list_row(const Shape *s, const Segment *segments, int64_t num_seg
     return tokens;
 }
 
+typedef struct {
+    const Shape *shape;
+    const Block *blocks;
+    const float *query;
+    int64_t num, next, failed;
+} Blocks;
+
+static void attend_blocks(void *work, int64_t member) {
+    Blocks *b = work;
+    const Shape *s = b->shape;
+    float *logits = malloc(sizeof(float) * (size_t)(s->heads * BLOCK));
+    (void)member;
+    for (int64_t i; (i = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED)) < b->num;) {
+        const Block *block = b->blocks + i;
+        if (logits) attend_block(s, block, b->query + block->row * s->heads * s->dim, logits);
+        else __atomic_store_n(&b->failed, 1, __ATOMIC_RELAXED);
+    }
+    free(logits);
+}
+
 int icecache_dense_step(const Shape *s, const Segment *segments, int64_t num_segments,
-                        const float *query, const float *sink_logits, int64_t threads,
+                        const float *query, const float *sink_logits, Hands hands,
                         Result *result) {
     int64_t per_row = s->heads * s->dim, most = num_blocks(s, segments, num_segments), num = 0;
     result->nodes_scored = result->leaves_scored = 0;
-    int64_t each = per_row + 2 * s->heads, tokens = 0, failed = 0;
+    int64_t each = per_row + 2 * s->heads, tokens = 0;
     char *memory = malloc((size_t)most * (sizeof(Block) + (size_t)each * sizeof(float)) + 64);
     if (!memory) return -1;
     Block *blocks = (Block *)memory;
@@ -135,23 +155,10 @@ int icecache_dense_step(const Shape *s, const Segment *segments, int64_t num_seg
         blocks[i].sum = room + s->heads;
         blocks[i].out = room + 2 * s->heads;
     }
-    if (tokens * per_row < LEAST_WORK) threads = 1;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : failed)
-#else
-    (void)threads;
-#endif
-    {
-        float *logits = malloc(sizeof(float) * (size_t)(s->heads * BLOCK));
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic)
-#endif
-        for (int64_t i = 0; i < num; i++) {
-            if (logits) attend_block(s, blocks + i, query + blocks[i].row * per_row, logits);
-            else failed = 1;
-        }
-        free(logits);
-    }
+    if (tokens * per_row < LEAST_WORK) hands = (Hands){0, 1};
+    Blocks all = {s, blocks, query, num, 0, 0};
+    icecache_share(&hands, attend_blocks, &all);
+    int64_t failed = all.failed;
     for (int64_t row = 0, at = 0; row < s->rows && !failed; row++) {
         int64_t end = at;
         while (end < num && blocks[end].row == row) end++;

@@ -4,14 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <sched.h>
-#define HAS_YIELD
-#endif
-
 #include "decode.h"
 #include "layer.h"
 #include "remainder.h"
@@ -22,14 +14,6 @@
 #define LEAST_ENTRIES 1024
 /* Of one row: from which on threads share it rather than wait for the one that has it. */
 #define LEAST_SHARED 4096
-
-static int64_t this_thread(void) {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 /* A row that threads share goes through stages of blocks, each for whoever is at hand. */
 enum { NODES, LEAVES, VALUES, STAGES };
@@ -46,7 +30,7 @@ typedef struct {
     uint8_t *attended; /* [rows], until a thread takes the row up again */
     Room *rooms; /* of the shared rows, which come first; then of threads, or of a row each */
     Stage (*stages)[STAGES]; /* [shared] */
-    int64_t shared, threads;
+    int64_t shared, threads, next; /* next: the first row that nobody has taken */
     int64_t nodes, leaves, failed;
 } Work;
 
@@ -71,9 +55,9 @@ static void go_on(Work *w) {
             w->then->call(w->then->data, row);
 }
 
-static void attend_row(Work *w, int64_t row) {
+static void attend_row(Work *w, int64_t row, int64_t member) {
     const Step *step = &w->step;
-    int64_t at = step->shape->rows - w->shared > w->threads ? this_thread() : row - w->shared;
+    int64_t at = step->shape->rows - w->shared > w->threads ? member : row - w->shared;
     Room *room = w->rooms + w->shared + at;
     icecache_begin_row(step, row, room);
     for (int64_t block = 0; block < num_blocks(to_score(room, 1)); block++)
@@ -136,23 +120,12 @@ static void begin_shared(Work *w, int64_t row) {
     open_stage(w, row, NODES, 0);
 }
 
-static void rest(int64_t *waits) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_ia32_pause();
-#endif
-#if defined(HAS_YIELD)
-    if (++*waits % 1024 == 0) sched_yield();
-#else
-    (void)waits;
-#endif
-}
-
 /* Take blocks of a stage until there are none; what others have taken is theirs to finish. */
 static void share_stage(Work *w, int64_t row, int stage) {
     Stage *s = w->stages[row] + stage;
     for (int64_t waits = 0; !__atomic_load_n(&s->is_open, __ATOMIC_ACQUIRE);) {
         go_on(w);
-        rest(&waits);
+        icecache_rest(&waits);
     }
     for (int64_t block; (block = ADD(s->next, 1)) < s->num;) {
         if (stage == VALUES) icecache_add_block(&w->step, row, block, w->rooms + row);
@@ -162,24 +135,15 @@ static void share_stage(Work *w, int64_t row, int stage) {
 }
 
 /* The shared rows are begun first, so that their blocks are there when threads run out of rows. */
-static void attend_rows(Work *w, int64_t threads) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads((int)threads) if (threads > 1)
-#else
-    (void)threads;
-#endif
-    {
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic) nowait
-#endif
-        for (int64_t row = 0; row < w->step.shape->rows; row++) {
-            if (row < w->shared) begin_shared(w, row);
-            else attend_row(w, row);
-        }
-        for (int stage = 0; stage < STAGES; stage++)
-            for (int64_t row = 0; row < w->shared; row++) share_stage(w, row, stage);
-        go_on(w);
+static void attend_rows(void *work, int64_t member) {
+    Work *w = work;
+    for (int64_t row; (row = ADD(w->next, 1)) < w->step.shape->rows;) {
+        if (row < w->shared) begin_shared(w, row);
+        else attend_row(w, row, member);
     }
+    for (int stage = 0; stage < STAGES; stage++)
+        for (int64_t row = 0; row < w->shared; row++) share_stage(w, row, stage);
+    go_on(w);
 }
 
 static int64_t most_fixed(const Step *step) {
@@ -212,22 +176,22 @@ static void *make_rooms(Work *w, int64_t entries) {
 
 int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pages,
                               const Segment *segments, int64_t num_segments, const float *query,
-                              const float *sink_logits, int64_t threads, Result *result,
+                              const float *sink_logits, Hands hands, Result *result,
                               const Then *then) {
     if (!tree)
-        return icecache_dense_step(s, segments, num_segments, query, sink_logits, threads, result);
+        return icecache_dense_step(s, segments, num_segments, query, sink_logits, hands, result);
     int64_t entries = icecache_most_entries(s, tree);
     /* all threads or one: a smaller team would end those that it does not need */
-    if (entries * s->rows < LEAST_ENTRIES) threads = 1;
+    if (entries * s->rows < LEAST_ENTRIES) hands = (Hands){0, 1};
     Work w = {.step = {s, tree, pages, segments, num_segments, query, sink_logits, {0}, result},
               .then = then,
-              .shared = entries < LEAST_SHARED ? 0 : s->rows % threads,
-              .threads = threads};
+              .shared = entries < LEAST_SHARED ? 0 : s->rows % hands.threads,
+              .threads = hands.threads};
     int64_t logs = icecache_descends(s, tree) ? LOGS - 1 : s->leaf_size;
     for (int64_t i = 1; i <= logs && i < LOGS; i++) w.step.log_of[i] = logf((float)i);
     void *memory = make_rooms(&w, entries);
     if (!memory) return -1;
-    attend_rows(&w, threads);
+    icecache_share(&hands, attend_rows, &w);
     free(memory);
     result->nodes_scored = w.nodes;
     result->leaves_scored = w.leaves;
@@ -238,7 +202,7 @@ EXPORT int icecache_sparse_step(const Shape *s, const Tree *tree, const Pages *p
                                 const Segment *segments, int64_t num_segments, const float *query,
                                 const float *sink_logits, int64_t threads, Result *result) {
     return icecache_sparse_step_then(s, tree, pages, segments, num_segments, query, sink_logits,
-                                     threads, result, 0);
+                                     (Hands){0, threads}, result, 0);
 }
 
 /* Sizes of the structures that Python mirrors; a library of another version has others. */

@@ -3,6 +3,7 @@
 #define ICECACHE_STEP_H
 
 #include "layer.h"
+#include "team.h"
 
 typedef struct {
     const void *keys, *values;  /* a row's tokens are contiguous */
@@ -34,11 +35,11 @@ typedef struct {
 /* The same, and `then` for every row; after -1 perhaps not for all. */
 int icecache_sparse_step_then(const Shape *s, const Tree *tree, const Pages *pages,
                               const Segment *segments, int64_t num_segments, const float *query,
-                              const float *sink_logits, int64_t threads, Result *result,
+                              const float *sink_logits, Hands hands, Result *result,
                               const Then *then);
 
 int icecache_dense_step(const Shape *s, const Segment *segments, int64_t num_segments,
-                        const float *query, const float *sink_logits, int64_t threads,
+                        const float *query, const float *sink_logits, Hands hands,
                         Result *result);
 
 #endif

@@ -1,0 +1,363 @@
+"""Decode steps as one compiled call: the model's own answers, and what keeps from it."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from zoo import SMALL, build, family, greedy, left_padded
+
+import icecache
+from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
+from icecache.integrations.transformers.native import NativeStep
+
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3")
+STEPS = 24
+
+
+def prompt(batch: int = 1, tokens: int = 40) -> Tensor:
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases are zeros in a fresh model; here they decide."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
+    return model
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_steps_give_the_answers_of_the_models_own(name: str) -> None:
+    model = with_biases(build(family(name)))
+    ids = prompt(batch=3)
+    full = greedy(model, ids, steps=STEPS)
+    with icecache.attach(model) as attachment:
+        ours = greedy(model, ids, steps=STEPS)
+        stats = attachment.cache.stats()
+    assert attachment.native_steps == STEPS - 1
+    assert attachment.compiled_steps == 0
+    assert torch.equal(ours.ids, full.ids)
+    assert (ours.logits - full.logits).abs().max() <= 1e-4
+    for layer in stats.layers.values():
+        # the prompt, and every step
+        assert (layer.dense_steps, layer.sparse_steps) == (STEPS, 0)
+        assert layer.tokens == 40 + STEPS - 1
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_steps_beyond_the_budget_are_the_models_own(name: str) -> None:
+    model, ids = with_biases(build(family(name))), prompt(batch=2, tokens=100)
+    with icecache.attach(model, native=True, **SMALL), torch.no_grad():
+        step = NativeStep(model)
+        caches = [icecache.IceCache(model, **SMALL) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :60], past_key_values=cache)
+        errors = []
+        for i in range(60, 100):
+            token = ids[:, i : i + 1]
+            told = model(input_ids=token, past_key_values=caches[0]).logits[:, -1]
+            ours = step(input_ids=token, past_key_values=caches[1]).logits[:, -1]
+            errors.append((ours - told).abs().amax(-1))
+    assert step.steps == 40
+    error = torch.stack(errors)
+    # a last bit may choose another leaf now and then, and the keys that follow differ too
+    assert (error <= 1e-4).float().mean() >= 0.8
+    assert error.max() <= 0.5
+    for layer in caches[1].managed.values():
+        assert layer.stats().sparse_steps == 40
+        layer.core.check_integrity()
+
+
+def test_rows_of_a_prompt_shorter_than_the_budget_cross_it() -> None:
+    model, ids = build(family("llama")), prompt(tokens=6)
+    with icecache.attach(model, native=False, compile=False, **SMALL):
+        expected = greedy(model, ids, steps=40)
+    with icecache.attach(model, native=True, **SMALL) as attachment:
+        ours = greedy(model, ids, steps=40)
+    assert torch.equal(ours.ids, expected.ids)
+    # the step in which a tree is built is torch's
+    assert attachment.native_steps == 38
+
+
+def test_a_bfloat16_step_is_nearer_to_its_weights_than_torchs() -> None:
+    model = build(family("llama"), num_hidden_layers=6).bfloat16()
+    ids = prompt(tokens=60)
+    truth = build(family("llama"), num_hidden_layers=6)
+    truth.load_state_dict(model.state_dict())
+    exact = truth(ids).logits[0, 1:]
+    errors = {}
+    for native in (True, False):
+        with icecache.attach(model, native=native, compile=False), torch.no_grad():
+            step: Callable = NativeStep(model) if native else model
+            cache = icecache.IceCache(model)
+            model(ids[:, :1], past_key_values=cache)
+            logits = [
+                step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
+                for i in range(1, 60)
+            ]
+        errors[native] = (torch.stack(logits).float() - exact).square().mean()
+        assert logits[0].dtype == torch.bfloat16
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    model = build(family("qwen3"), hidden_size=256, intermediate_size=1024, vocab_size=4096)
+    ids, threads, logits = prompt(tokens=50), torch.get_num_threads(), []
+    try:
+        for num in (1, 2, 3):
+            torch.set_num_threads(num)
+            with icecache.attach(model, native=True, **SMALL):
+                # prompts are torch's, and depend on its threads
+                torch.set_num_threads(1)
+                cache = icecache.IceCache(model, **SMALL)
+                model(ids, past_key_values=cache)
+                torch.set_num_threads(num)
+                step = NativeStep(model)
+                with torch.no_grad():
+                    found = [
+                        step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
+                        for i in range(30)
+                    ]
+            # the check before the first step is torch's too
+            assert step.steps == 30
+            logits.append(torch.cat(found))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_padded_rows_run_as_the_model_does() -> None:
+    model, (ids, mask) = build(family("llama")), left_padded([30, 41])
+    full = greedy(model, ids, mask)
+    with icecache.attach(model) as attachment:
+        ours = greedy(model, ids, mask)
+    assert torch.equal(ours.ids, full.ids)
+    assert attachment.native_steps == 0
+
+
+def test_weights_are_read_where_they_lie() -> None:
+    model, ids = build(family("llama")), prompt()
+    with icecache.attach(model, native=True) as attachment:
+        greedy(model, ids)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(-3.0)
+            model.model.layers[2].self_attn.o_proj.weight = nn.Parameter(
+                2.0 * model.model.layers[2].self_attn.o_proj.weight
+            )
+        before = attachment.native_steps
+        ours = greedy(model, ids)
+        assert attachment.native_steps == 2 * before
+    full = greedy(model, ids)
+    assert torch.equal(ours.ids, full.ids)
+    assert (ours.logits - full.logits).abs().max() <= 1e-4
+
+
+def test_a_model_that_is_changed_meanwhile_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids, calls = build(family("llama")), prompt(), []
+    with icecache.attach(model, native=True) as attachment:
+        hook = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        with caplog.at_level(logging.WARNING):
+            ours = greedy(model, ids)
+        assert "hooks or another forward on model.layers.0" in caplog.text
+        assert attachment.native_steps == 0
+        assert len(calls) == 10
+        hook.remove()
+        assert torch.equal(greedy(model, ids).ids, ours.ids)
+        assert attachment.native_steps == 9
+
+
+def test_a_token_that_is_none_is_the_models_to_refuse() -> None:
+    model, ids = build(family("llama")), prompt()
+    with icecache.attach(model, native=True), torch.no_grad():
+        step, cache = NativeStep(model), icecache.IceCache(model)
+        model(ids, past_key_values=cache)
+        for token in (-1, 128):
+            with pytest.raises(IndexError):
+                step(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        step(input_ids=ids[:, :1], past_key_values=cache)
+        assert step.steps == 1
+        assert _lens(cache) == {41}
+
+
+class Adapted(nn.Linear):
+    """What adapters do: the same weights, and something more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean()
+
+
+def _adapt(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.up_proj.__class__ = Adapted
+
+
+def _hook(model: PreTrainedModel) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: None)
+
+
+def _replace_forward(model: PreTrainedModel) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: x
+
+
+def _add_module(model: PreTrainedModel) -> None:
+    model.model.layers[3].mlp.extra = nn.Linear(4, 4)
+
+
+def _add_parameter(model: PreTrainedModel) -> None:
+    model.model.layers[3].register_parameter("gain", nn.Parameter(torch.ones(4)))
+
+
+def _shift_norm(model: PreTrainedModel) -> None:
+    class Shifted(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1.0
+
+    model.model.norm.__class__ = Shifted
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_adapt, "up_proj of the kind Adapted"),
+        (_hook, "hooks or another forward on model.layers.1"),
+        (_replace_forward, "hooks or another forward on model.layers.0.mlp"),
+        (_add_module, "a mlp with extra"),
+        (_add_parameter, "model.layers.3.gain, which has no place"),
+        (_shift_norm, "norm of the kind Shifted"),
+        (lambda model: model.half(), "in torch.float16 on cpu"),
+    ],
+)
+def test_what_a_native_step_would_miss_is_refused(
+    change: Callable[[PreTrainedModel], None], said: str
+) -> None:
+    model = build(family("llama"))
+    before = model.config._attn_implementation, set(vars(model))
+    change(model)
+    with pytest.raises(UnsupportedModel, match=said):
+        icecache.attach(model, native=True)
+    assert (model.config._attn_implementation, set(vars(model))) == before
+    with icecache.attach(model) as attachment:
+        greedy(model, prompt(), steps=3)
+    assert attachment.native_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gemma3", "layer 0 of gemma3_text keeps its own"),
+        ("olmo2", "a block without input_layernorm and with post_feedforward_layernorm"),
+        ("mixtral", "a mlp without down_proj"),
+        # as Llama to look at, but its rotary embedding turns other pairs
+        ("ernie4_5", "answers otherwise than the native step"),
+    ],
+)
+def test_other_families_say_why_not(name: str, said: str) -> None:
+    model = build(family(name))
+    implementation = model.config._attn_implementation
+    with pytest.raises(UnsupportedModel, match=said):
+        icecache.attach(model, native=True)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_model_that_answers_otherwise_goes_on_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = build(family("ernie4_5")), prompt()
+    full = greedy(model, ids)
+    with caplog.at_level(logging.WARNING), icecache.attach(model) as attachment:
+        assert torch.equal(greedy(model, ids).ids, full.ids)
+        greedy(model, ids)
+    assert attachment.native_steps == 0
+    # said once
+    assert sum("as the model does them" in r.message for r in caplog.records) == 1
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    model = build(family("llama"))
+    with pytest.raises(InputError, match="pass one"):
+        icecache.attach(model, native=True, compile=True)
+    with pytest.raises(BackendUnavailable, match="the backend is 'torch' here"):
+        icecache.attach(model, native=True, backend="torch")
+    with icecache.attach(model, native=False, compile=False) as attachment:
+        assert attachment.decode is None
+
+
+def _lens(cache: icecache.IceCache) -> set[int]:
+    return {layer.core.num_tokens for layer in cache.managed.values()} | {
+        layer.num_columns for layer in cache.managed.values()
+    }
+
+
+def _break(projections: list[nn.Linear], fault: str) -> None:
+    with torch.no_grad():
+        for projection in projections:
+            if fault == "no number":
+                projection.weight[3, 5] = float("nan")
+            else:
+                # finite, and their products are not
+                projection.weight.mul_(1e20)
+
+
+@pytest.mark.parametrize("settings", [{}, SMALL], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("fault", "said"), [("no number", "finite"), ("too large", "overflowed")])
+def test_a_step_that_fails_in_the_middle_is_taken_back(
+    fault: str, said: str, settings: dict
+) -> None:
+    model, ids = build(family("llama")), prompt()
+    kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+    attention = model.model.layers[2].self_attn
+    with icecache.attach(model, native=True, **settings), torch.no_grad():
+        step, caches = NativeStep(model), []
+        for _ in range(2):
+            caches.append(icecache.IceCache(model, **settings))
+            model(ids, past_key_values=caches[-1])
+            step(input_ids=ids[:, :1], past_key_values=caches[-1])
+        _break([attention.q_proj, attention.k_proj], fault)
+        with pytest.raises(InputError, match=said):
+            step(input_ids=ids[:, 1:2], past_key_values=caches[0])
+        assert _lens(caches[0]) == {41}
+        assert step.steps == 2
+        model.load_state_dict(kept)
+        after, expected = (
+            step(input_ids=ids[:, 1:2], past_key_values=cache).logits for cache in caches
+        )
+        assert _lens(caches[0]) == {42}
+        for layer in caches[0].managed.values():
+            layer.core.check_integrity()
+    # beyond the budget a token of the window has entered the tree too early, and is there for good
+    assert torch.allclose(after, expected, atol=1e-5) or settings == SMALL
+
+
+def test_an_interrupt_behind_the_call_leaves_no_half_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(family("llama")), prompt()
+    with icecache.attach(model, native=True), torch.no_grad():
+        step, cache = NativeStep(model), icecache.IceCache(model)
+        model(ids, past_key_values=cache)
+        step(input_ids=ids[:, :1], past_key_values=cache)
+        core = cache.layers[2].core
+
+        def interrupt(*args: object) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(core, "close_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(input_ids=ids[:, 1:2], past_key_values=cache)
+        monkeypatch.undo()
+        assert _lens(cache) == {41}
+        step(input_ids=ids[:, 1:2], past_key_values=cache)
+        assert _lens(cache) == {42}
+
+
+def test_a_cache_of_another_model_or_backend_is_left_to_the_model() -> None:
+    model, ids = build(family("llama")), prompt()
+    with icecache.attach(model, native=True, **SMALL), torch.no_grad():
+        step = NativeStep(model)
+        for settings in ({"backend": "torch"}, {"layer_reuse": 2}, {"max_host_memory": 1 << 30}):
+            cache = icecache.IceCache(model, **SMALL, **settings)
+            model(ids, past_key_values=cache)
+            step(input_ids=ids[:, :1], past_key_values=cache)
+            assert step.steps == 0
+            assert _lens(cache) == {41}
