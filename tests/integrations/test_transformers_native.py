@@ -131,13 +131,40 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(logits[0], logits[2])
 
 
-def test_padded_rows_run_as_the_model_does() -> None:
-    model, (ids, mask) = build(family("llama")), left_padded([30, 41])
-    full = greedy(model, ids, mask)
+def test_padded_rows() -> None:
+    model, (ids, mask) = build(family("qwen2")), left_padded([30, 41])
+    full = greedy(model, ids, mask, steps=STEPS)
     with icecache.attach(model) as attachment:
-        ours = greedy(model, ids, mask)
+        ours = greedy(model, ids, mask, steps=STEPS)
+        assert attachment.native_steps == STEPS - 1
+        assert [layer.core.row_lens for layer in attachment.cache.managed.values()] == 4 * [
+            [30 + STEPS - 1, 41 + STEPS - 1]
+        ]
+        # the next turn is told the same padding
+        more = torch.cat([ours.ids, ids[:, -9:]], 1)
+        longer = torch.cat([mask, torch.ones(2, STEPS + 9, dtype=torch.int64)], 1)
+        again = greedy(model, more, longer, past_key_values=attachment.cache)
+        assert attachment.native_steps == STEPS - 1 + 9
     assert torch.equal(ours.ids, full.ids)
-    assert attachment.native_steps == 0
+    assert torch.equal(again.ids, greedy(model, more, longer).ids)
+
+
+def test_padding_that_was_none_before_is_refused() -> None:
+    model, ids = build(family("llama")), prompt(batch=2)
+    with icecache.attach(model, native=True), torch.no_grad():
+        step, cache = NativeStep(model), icecache.IceCache(model)
+        model(ids, past_key_values=cache)
+        mask = torch.ones(2, 41, dtype=torch.int64)
+        mask[1, 3] = 0
+        with pytest.raises(InputError, match="differs from before"):
+            step(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        mask[1, 3] = 1
+        step(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        # a row that gets padding instead of a token is torch's to do
+        mask = torch.cat([mask, torch.tensor([[0], [1]])], 1)
+        step(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        assert step.steps == 1
+        assert cache.layers[3].core.row_lens == [41, 42]
 
 
 def test_weights_are_read_where_they_lie() -> None:

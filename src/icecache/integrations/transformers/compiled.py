@@ -230,8 +230,8 @@ class CompiledStep:
         return torch.compile(decode_of(self.model), fullgraph=True, dynamic=False)
 
 
-def is_plain_step(inputs: dict[str, Any]) -> bool:
-    """Whether this is a forward of one token for each row, without padding or extras."""
+def is_plain_step(inputs: dict[str, Any], may_be_padded: bool = False) -> bool:
+    """Whether this is a forward of one token for each row, without extras and without padding."""
     token_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
     if token_ids is None or token_ids.shape[1] != 1 or not isinstance(cache, IceCache):
         return False
@@ -244,7 +244,10 @@ def is_plain_step(inputs: dict[str, Any]) -> bool:
     if inputs.get("use_cache") is False or inputs.get("return_dict") is False:
         return False
     mask, width = inputs.get("attention_mask"), cache.get_seq_length() + 1
-    return mask is None or (mask.dim() == 2 and mask.shape[1] == width and bool(mask.all()))
+    if mask is None:
+        return True
+    is_plain = mask.dim() == 2 and mask.shape[1] == width
+    return is_plain and (may_be_padded or bool(mask.all()))
 
 
 def _fingerprint(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:

@@ -91,9 +91,8 @@ class NativeStep:
 
     def __call__(self, **inputs: Any) -> Any:
         """Do what ``model(**inputs)`` does."""
-        if not self._can_run or self.model.training or not is_plain_step(inputs):
-            return self.model(**inputs)
-        if torch.is_grad_enabled():
+        is_step = is_plain_step(inputs, may_be_padded=True) and not torch.is_grad_enabled()
+        if not (is_step and self._can_run) or self.model.training:
             return self.model(**inputs)
         if not self._is_checked:
             try:
@@ -102,7 +101,8 @@ class NativeStep:
                 self._give_up(reason)
                 return self.model(**inputs)
         cache: IceCache = inputs["past_key_values"]
-        logits = self._step(cache, inputs["input_ids"], inputs.get("position_ids"))
+        others = (inputs.get(name) for name in ("position_ids", "attention_mask"))
+        logits = self._step(cache, inputs["input_ids"], *others)
         if logits is None:
             return self.model(**inputs)
         self.steps += 1
@@ -125,7 +125,13 @@ class NativeStep:
         self._recipe: Recipe = recipe_of(self.model)
         self._rooms: Rooms | None = None
 
-    def _step(self, cache: IceCache, token_ids: Tensor, positions: Tensor | None) -> Tensor | None:
+    def _step(
+        self,
+        cache: IceCache,
+        token_ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | None:
         """Return the logits, [batch, tokens]; None, and nothing has changed, if only torch can."""
         layers = [layer for layer in cache.layers if isinstance(layer, ManagedLayer)]
         if len(layers) != len(self._recipe.blocks) or len(layers) != len(cache.layers):
@@ -144,7 +150,9 @@ class NativeStep:
         rooms.set_tokens(token_ids, positions)
         cache.forward_pass.enter(0, rooms.key)
         try:
-            logits = self._run(rooms, layers, steps)
+            logits = None
+            if mask is None or cache.forward_pass.new_tokens(_padding(mask)) is None:
+                logits = self._run(rooms, layers, steps)
         except BaseException:
             cache.undo()
             raise
@@ -188,9 +196,7 @@ class NativeStep:
         cache = IceCache(self.model)
         try:
             self.model(input_ids=token_ids[:, :1], past_key_values=cache)
-            found = [
-                self._step(cache, token_ids[:, i : i + 1], None) for i in range(1, _CHECKED_TOKENS)
-            ]
+            found = [self._step(cache, token_ids[:, i : i + 1]) for i in range(1, _CHECKED_TOKENS)]
         finally:
             cache.close()
         steps = [step for step in found if step is not None]
@@ -215,6 +221,11 @@ def _ready_steps(layers: list[ManagedLayer], tokens: list[NewToken]) -> list[Fus
             return None
         steps.append(step)
     return steps
+
+
+def _padding(mask: Tensor) -> Tensor | None:
+    """A mask as attention gets it, ``[batch, 1, 1, columns]``; None where nothing is padded."""
+    return None if bool(mask.all()) else mask.bool()[:, None, None]
 
 
 def _build_of(model: PreTrainedModel) -> tuple[object, ...]:
