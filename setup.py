@@ -16,7 +16,7 @@ setup(
                 for name in (
                     *("search", "descend", "given", "row", "remainder", "step"),
                     *("dense", "decode", "path", "grow", "insert", "group", "pack"),
-                    *("fill", "products", "distances"),
+                    *("fill", "products", "distances", "wide"),
                 )
             ],
             depends=[
@@ -24,7 +24,8 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "row", "remainder", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
+                    *("nearest", "nearest_tile", "cut", "best", "dots", "products"),
+                    *("wide", "wide8", "wide16", "wide_body"),
                 )
             ],
             libraries=[] if sys.platform == "win32" else ["m"],
