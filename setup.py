@@ -24,7 +24,7 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "row", "remainder", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best", "dots", "products"),
+                    *("nearest", "nearest_tile", "cut", "best", "above", "dots", "products"),
                     *("wide", "wide8", "wide16", "wide_body"),
                 )
             ],
