@@ -16,7 +16,8 @@ setup(
                 for name in (
                     *("search", "descend", "given", "row", "remainder", "step"),
                     *("dense", "decode", "path", "grow", "insert", "group", "pack"),
-                    *("fill", "products", "distances", "linear", "block", "forward", "team"),
+                    *("fill", "products", "distances", "wide"),
+                    *("linear", "block", "forward", "team"),
                 )
             ],
             depends=[
@@ -24,7 +25,8 @@ setup(
                 for name in (
                     *("layer", "vector", "search", "row", "remainder", "step", "insert", "decode"),
                     *("pages", "summary", "grow"),
-                    *("nearest", "nearest_tile", "cut", "best", "dots", "products", "wide"),
+                    *("nearest", "nearest_tile", "cut", "best", "above", "dots", "products"),
+                    *("wide", "wide8", "wide16", "wide_body"),
                     *("linear", "block", "forward", "team"),
                 )
             ],

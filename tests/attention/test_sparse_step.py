@@ -94,7 +94,11 @@ def test_output_equals_a_slow_twin_of_the_chosen_leaves(
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize(
-    ("dim", "kv_heads", "group"), [(64, 1, 16), (80, 3, 1), (96, 2, 7), (128, 2, 4), (256, 1, 2)]
+    ("dim", "kv_heads", "group"),
+    [
+        *((8, 2, 4), (24, 1, 3), (40, 1, 9), (64, 1, 16)),
+        *((80, 3, 1), (96, 2, 7), (128, 2, 4), (256, 1, 2)),
+    ],
 )
 def test_shapes(backend: str, dim: int, kv_heads: int, group: int) -> None:
     layer = _layer(dim, kv_heads, backend=backend)

@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "above.h"
 #include "products.h"
 #include "vector.h"
 
@@ -28,12 +29,7 @@ static int64_t list_kept(const Shape *s, Found *f) {
         const float *weight = f->logits + g * f->stride, scale = f->scale[g];
         for (int64_t i = 0; i < f->num; i++) most[i] = larger(most[i], scale * weight[i]);
     }
-    int64_t kept = 0;
-    for (int64_t i = 0; i < f->num; i++) {
-        f->kept[kept] = (int32_t)i;
-        kept += most[i] >= least;
-    }
-    return kept;
+    return list_above(most, f->num, least, f->kept);
 }
 
 CLONES static void keep(const Shape *s, Found *f) {

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "above.h"
 #include "products.h"
 #include "vector.h"
 
@@ -111,29 +112,32 @@ CLONES static void weigh(const Shape *s, Found *f, int64_t from, int64_t num) {
     }
 }
 
-/* Candidates worth at least `least`, of every `stride`th entry; returns their number. */
-static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride, float least) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < num; i += stride) {
-        f->candidates[kept] = (Candidate){rank_of(f->worth[i], f->id[from + i]), (int32_t)i};
-        kept += f->worth[i] >= least;
-    }
-    return kept;
+static inline Candidate candidate(const Found *f, int64_t from, int64_t i) {
+    return (Candidate){rank_of(f->worth[i], f->id[from + i]), (int32_t)i};
+}
+
+/* Candidates of every `stride`th entry; returns their number. */
+static int64_t collect(Found *f, int64_t from, int64_t num, int64_t stride) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < num; i += stride) f->candidates[found++] = candidate(f, from, i);
+    return found;
 }
 
 int64_t icecache_collect_best(Found *f, int64_t from, int64_t num, int64_t want) {
     int64_t rank = want * SAMPLED / num;
-    if (num < 8 * SAMPLED || rank >= SAMPLED / 2) return collect(f, from, num, 1, -1.0f);
-    int64_t sampled = collect(f, from, num, num / SAMPLED, -1.0f);
+    if (num < 8 * SAMPLED || rank >= SAMPLED / 2) return collect(f, from, num, 1);
+    int64_t sampled = collect(f, from, num, num / SAMPLED);
     select_best(f->candidates, sampled, rank + 8);
     uint64_t least = f->candidates[0].rank;
     for (int64_t i = 1; i < rank + 8; i++)
         least = least < f->candidates[i].rank ? least : f->candidates[i].rank;
-    return collect(f, from, num, 1, worth_of(least));
+    int64_t found = list_above(f->worth, num, worth_of(least), f->kept);
+    for (int64_t k = 0; k < found; k++) f->candidates[k] = candidate(f, from, f->kept[k]);
+    return found;
 }
 
 int64_t icecache_collect_all(Found *f, int64_t from, int64_t num) {
-    return collect(f, from, num, 1, -1.0f);
+    return collect(f, from, num, 1);
 }
 
 /* Take leaves from the best down, of the `room` best whatever still fits; returns whether `num`
@@ -168,7 +172,7 @@ static void choose(const Shape *s, Found *f, int64_t num) {
     /* half the room: the best leaves mostly have two tokens or more */
     if (take_best(s, f, icecache_collect_best(f, from, num, s->room / 2), num)) return;
     memset(f->chosen + from, 0, (size_t)num);
-    take_best(s, f, collect(f, from, num, 1, -1.0f), num);
+    take_best(s, f, collect(f, from, num, 1), num);
 }
 
 void icecache_weigh(const Shape *s, Found *f, int64_t from, int64_t num) { weigh(s, f, from, num); }

@@ -39,7 +39,7 @@ typedef struct {
     float *count, *worth, *share; /* [stride] */
     float *lse; /* [heads], of all that is attended beside the entries in question */
     float *scale, *total; /* [heads], of the weights: what makes them shares, and then their sum */
-    int32_t *frontier, *kept; /* children to be; entries whose values are read */
+    int32_t *frontier, *kept; /* children to be; entries worth enough, to be chosen or to be read */
     Candidate *candidates;
 } Found;
 
