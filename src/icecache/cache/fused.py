@@ -84,6 +84,8 @@ class FusedStep:
         if not self.ready(new):
             return None
         out = torch.empty(self._query_shape, dtype=self.context.tail.dtype)
+        # the tensors of a forward are not to be kept
+        self._pointed = None
         self.open(out)
         stopped, answer = self._stopped, self._answer
         stopped.value = -1

@@ -128,13 +128,12 @@ class Attachment:
     @property
     def compiled_steps(self) -> int:
         """Forwards of ``generate`` that ran through `torch.compile`, or from a recorded graph."""
-        if self.decode is None or isinstance(self.decode, NativeStep):
-            return 0
-        return self.decode.steps
+        decode = self.decode.otherwise if isinstance(self.decode, NativeStep) else self.decode
+        return decode.steps if isinstance(decode, CompiledStep | PacedStep | GraphStep) else 0
 
     def _may_compile(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        # what cannot be compiled, the call below runs as it is
-        return not generation_config.disable_compile
+        # what cannot be compiled, the call below runs as it is; native steps compile nothing
+        return isinstance(self.decode, NativeStep) or not generation_config.disable_compile
 
     def _decode_call(self, *args: Any, **kwargs: Any) -> Any:
         assert self.decode is not None
@@ -211,10 +210,8 @@ def attach(
             "set it to False first"
         )
     warn_if_nothing_managed(report)
-    if native and compile:
-        raise InputError(
-            "native=True and compile=True are two ways to run a step; pass one of them"
-        )
+    if native and (compile or graph):
+        raise InputError("native, compile and graph are ways to run a step; pass one as True")
     attachment = Attachment(model, settings, _decode_step(model, settings, native, compile, graph))
     if native:
         assert isinstance(attachment.decode, NativeStep)
@@ -235,7 +232,7 @@ def _decode_step(
 ) -> DecodeStep | None:
     """Return what runs the decode steps, None to run them as they are."""
     if native:
-        return _native_step(model, settings)
+        return _native_step(model, settings, False)
     if runs_on_device(settings, model.device):
         is_recorded = model.device.type == "cuda" if graph is None else graph
         if graph:
@@ -254,19 +251,28 @@ def _decode_step(
         return CompiledStep(model)
     if native is None:
         try:
-            return _native_step(model, settings)
+            return _native_step(model, settings, compile)
         except IceCacheError as reason:
             _LOGGER.info("decode steps run through torch: %s", reason)
     return None if compile is False else PacedStep(model)
 
 
-def _native_step(model: PreTrainedModel, settings: IceCacheConfig) -> NativeStep:
+def _native_step(
+    model: PreTrainedModel, settings: IceCacheConfig, compile: bool | None
+) -> NativeStep:
+    """Return native steps; compile: None to run them compiled if they turn out impossible."""
     if resolve_backend(settings.backend) != "native":
         raise BackendUnavailable(
             "the native step is one of the compiled ops, and the backend is "
             f"{settings.backend!r} here; pass native=False"
         )
-    return NativeStep(model)
+    if settings.layer_reuse > 1 or settings.max_host_memory is not None:
+        raise InputError(
+            "native steps neither share selections nor ask for memory, got layer_reuse="
+            f"{settings.layer_reuse} and max_host_memory={settings.max_host_memory}; pass "
+            "native=False"
+        )
+    return NativeStep(model, PacedStep(model) if compile is None else None)
 
 
 def _check_prompt(model_kwargs: dict[str, Any]) -> None:

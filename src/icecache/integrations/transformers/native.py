@@ -8,6 +8,8 @@ goes on as it is.
 
 import ctypes
 import logging
+from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,9 +23,9 @@ from icecache.errors import IceCacheError, UnsupportedModel
 from icecache.integrations.transformers.cache import IceCache
 from icecache.integrations.transformers.compiled import is_plain_step
 from icecache.integrations.transformers.layer import ManagedLayer
-from icecache.integrations.transformers.recipe import Recipe, recipe_of
+from icecache.integrations.transformers.recipe import SCALARS, Recipe, recipe_of
 from icecache.integrations.transformers.rooms import Rooms
-from icecache.integrations.transformers.support import supports
+from icecache.integrations.transformers.support import decoder_config, supports
 from icecache.ops.native import Answer
 from icecache.ops.native.forward import load_forward
 
@@ -43,6 +45,9 @@ class NativeStep:
     ----------
     model : PreTrainedModel
         Attached to IceCache whenever this is called.
+    otherwise : callable, optional
+        What does ``model(**inputs)`` if the model turns out to have no native step; by default the
+        model.
 
     Attributes
     ----------
@@ -57,11 +62,19 @@ class NativeStep:
         If the compiled ops are not installed.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._call = load_forward().icecache_forward
-        self.model = model
+    def __init__(self, model: PreTrainedModel, otherwise: Callable[..., Any] | None = None) -> None:
+        load_forward()
+        self.model, self.otherwise = model, model if otherwise is None else otherwise
         self.steps = 0
+        self._lock = Lock()
         self._make()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # addresses are of this process and of this model's memory
+        return {**self.__dict__, "_lock": None, "_rooms": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     def renew(self) -> None:
         """Look at the model again if it is no longer built as it was."""
@@ -70,6 +83,9 @@ class NativeStep:
                 self._make()
             except UnsupportedModel as reason:
                 self._give_up(reason)
+        renew = getattr(self.otherwise, "renew", None)
+        if renew is not None:
+            renew()
 
     def check(self) -> None:
         """Ask the model and the native step the same.
@@ -79,8 +95,11 @@ class NativeStep:
         UnsupportedModel
             If they differ by more than rounding.
         """
+        limits = getattr(decoder_config(self.model.config), "max_position_embeddings", 0) or 0
+        # what some models do from some position on
+        last = max(0, int(limits) - _CHECKED_TOKENS)
+        difference = max(self._difference(first) for first in {0, last})
         self._is_checked = True
-        difference = self._difference()
         limit = _MOST_DIFFERENT[self._recipe.dtype]
         # what is no number differs too
         if not difference <= limit:
@@ -92,24 +111,32 @@ class NativeStep:
     def __call__(self, **inputs: Any) -> Any:
         """Do what ``model(**inputs)`` does."""
         is_step = is_plain_step(inputs, may_be_padded=True) and not torch.is_grad_enabled()
-        if not (is_step and self._can_run) or self.model.training:
+        if not self._can_run:
+            return self.otherwise(**inputs)
+        if not is_step or self.model.training:
             return self.model(**inputs)
         if not self._is_checked:
             try:
                 self.check()
             except UnsupportedModel as reason:
                 self._give_up(reason)
-                return self.model(**inputs)
+                return self.otherwise(**inputs)
         cache: IceCache = inputs["past_key_values"]
         others = (inputs.get(name) for name in ("position_ids", "attention_mask"))
-        logits = self._step(cache, inputs["input_ids"], *others)
+        # what a step works in is there once; another thread's goes through torch meanwhile
+        if not self._lock.acquire(blocking=False):
+            return self.model(**inputs)
+        try:
+            logits = self._step(cache, inputs["input_ids"], *others)
+        finally:
+            self._lock.release()
         if logits is None:
             return self.model(**inputs)
         self.steps += 1
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     def _give_up(self, reason: UnsupportedModel) -> None:
-        _LOGGER.warning("decode steps run as the model does them: %s", reason)
+        _LOGGER.warning("no native decode steps: %s", reason)
         self._can_run = False
 
     def _make(self) -> None:
@@ -168,35 +195,34 @@ class NativeStep:
         block, row, answer = ctypes.c_int64(-1), ctypes.c_int64(-1), Answer()
         logits = rooms.begin([step.open(rooms.attended) for step in steps])
         references = ctypes.byref(rooms.forward), *map(ctypes.byref, (block, row, answer))
-        while True:
-            status: int = self._call(*references)
-            if status != STOPPED:
-                break
-            steps[block.value].provide(row.value, answer)
-        failure: IceCacheError | None = None
-        for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
-            assert isinstance(layer.core, IceCacheLayer)
-            how = (ATTENDED, rooms.rows) if i < block.value else (status, row.value)
-            if i > block.value:
-                how = NOTHING, -1
-            try:
-                layer.core.close_step(step, *how)
-            except IceCacheError as error:
-                failure = error
-            layer.num_columns += step.took_in
+        call, status = load_forward().icecache_forward, NOTHING
+        try:
+            while (status := call(*references)) == STOPPED:
+                steps[block.value].provide(row.value, answer)
+        finally:
+            # an interrupt comes behind the call, which has said by then how far it got
+            status = NOTHING if status == STOPPED else status
+            failure = _close(layers, steps, block.value, (status, row.value), rooms.rows)
         if failure is not None:
             raise failure
         return logits if status == ATTENDED else None
 
     @torch.no_grad()
-    def _difference(self) -> float:
+    def _difference(self, first: int) -> float:
+        """How far both are apart, on tokens from position `first` on."""
         vocabulary = self._recipe.embedding.shape[0]
         token_ids = torch.arange(1, _CHECKED_TOKENS + 1)[None] * (vocabulary // 7 + 1) % vocabulary
-        told = self.model(input_ids=token_ids, use_cache=False).logits[:, 1:].float()
-        cache = IceCache(self.model)
+        places = torch.arange(first, first + _CHECKED_TOKENS)[None]
+        told = self.model(input_ids=token_ids, position_ids=places, use_cache=False).logits
+        told, cache = told[:, 1:].float(), IceCache(self.model)
         try:
-            self.model(input_ids=token_ids[:, :1], past_key_values=cache)
-            found = [self._step(cache, token_ids[:, i : i + 1]) for i in range(1, _CHECKED_TOKENS)]
+            self.model(
+                input_ids=token_ids[:, :1], position_ids=places[:, :1], past_key_values=cache
+            )
+            found = [
+                self._step(cache, token_ids[:, i : i + 1], places[:, i : i + 1])
+                for i in range(1, _CHECKED_TOKENS)
+            ]
         finally:
             cache.close()
         steps = [step for step in found if step is not None]
@@ -223,15 +249,43 @@ def _ready_steps(layers: list[ManagedLayer], tokens: list[NewToken]) -> list[Fus
     return steps
 
 
+def _close(
+    layers: list[ManagedLayer],
+    steps: list[FusedStep],
+    block: int,
+    how: tuple[int, int],
+    rows: int,
+) -> IceCacheError | None:
+    """Count what each layer did: all before `block`, `how` that one, nothing behind it."""
+    failure = None
+    for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
+        assert isinstance(layer.core, IceCacheLayer)
+        done = (ATTENDED, rows) if i < block else how if i == block else (NOTHING, -1)
+        try:
+            layer.core.close_step(step, *done)
+        except IceCacheError as error:
+            failure = error
+        layer.num_columns += step.took_in
+    return failure
+
+
 def _padding(mask: Tensor) -> Tensor | None:
     """A mask as attention gets it, ``[batch, 1, 1, columns]``; None where nothing is padded."""
     return None if bool(mask.all()) else mask.bool()[:, None, None]
 
 
 def _build_of(model: PreTrainedModel) -> tuple[object, ...]:
-    """What changes when weights lie elsewhere, or modules do something else."""
+    """What changes when weights lie elsewhere, or modules are others or do something else."""
+    tensors = (x.data_ptr() for x in (*model.parameters(), *model.buffers()))
     modules = (
-        (type(x), len(x._forward_hooks), len(x._forward_pre_hooks), "forward" in vars(x))
+        (
+            id(x),
+            type(x),
+            *x._forward_hooks,
+            *x._forward_pre_hooks,
+            "forward" in vars(x),
+            *(vars(x).get(name) for name in SCALARS),
+        )
         for x in model.modules()
     )
-    return *(weight.data_ptr() for weight in model.parameters()), *modules
+    return *tensors, *modules

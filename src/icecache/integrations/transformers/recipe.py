@@ -18,7 +18,10 @@ from icecache.errors import UnsupportedModel
 from icecache.ops.native.forward import ACTIVATIONS
 from icecache.ops.reference_model import ACTIVATION_OF, rms_norm
 
-__all__ = ["BlockRecipe", "Matrix", "NormRecipe", "Recipe", "recipe_of"]
+__all__ = ["SCALARS", "BlockRecipe", "Matrix", "NormRecipe", "Recipe", "recipe_of"]
+
+# attributes of modules that a recipe reads
+SCALARS = ("scaling", "head_dim", "residual_multiplier", "embedding_multiplier", "use_rope")
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # rotary embeddings whose angles depend on the length of the context
@@ -125,6 +128,7 @@ def recipe_of(model: PreTrainedModel) -> Recipe:
         If it is not built as the native step does it; says which part is not.
     """
     decoder, config = model.base_model, model.config
+    _check_parameters(model)
     _refuse_hooks(model)
     parts = _children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set(), "decoder")
     head, embedding = model.get_output_embeddings(), parts["embed_tokens"]
@@ -133,22 +137,23 @@ def recipe_of(model: PreTrainedModel) -> Recipe:
     if getattr(config, "final_logit_softcapping", None):
         raise _unlike("a softcap on its logits")
     blocks = tuple(_block(layer) for layer in parts["layers"])
-    shapes = {(b.query.weight.shape, b.key.weight.shape, b.gate.weight.shape) for b in blocks}
     attention = parts["layers"][0].self_attn
-    if len(shapes) != 1:
-        raise _unlike("blocks of several shapes")
+    head_dim = getattr(attention, "head_dim", None)
+    if not isinstance(head_dim, int):
+        raise _unlike("no head_dim in its attention")
+    _check_shapes(blocks, head_dim, embedding.weight.shape[1])
     recipe = Recipe(
         embedding=embedding.weight,
         blocks=blocks,
         norm=_norm(parts["norm"], "norm"),
         head=_matrix(head, "head"),
         rotary=parts["rotary_emb"],
-        head_dim=attention.head_dim,
+        head_dim=head_dim,
         embedding_scale=float(getattr(decoder, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(parts["layers"][0], "residual_multiplier", 1.0)),
         logit_scale=1.0 / float(getattr(config, "logits_scaling", 1.0)),
     )
-    _check_weights(model, recipe)
+    _check_places(model, recipe)
     return recipe
 
 
@@ -178,8 +183,15 @@ def _block(layer: nn.Module) -> BlockRecipe:
         down=down,
         activation=activation,
         rotates=bool(getattr(attention, "use_rope", True)),
-        scaling=float(attention.scaling),
+        scaling=_scaling(attention),
     )
+
+
+def _scaling(attention: Any) -> float:
+    scaling = getattr(attention, "scaling", None)
+    if not isinstance(scaling, float):
+        raise _unlike("no scaling in its attention")
+    return scaling
 
 
 def _attention(
@@ -202,14 +214,14 @@ def _attention(
 
 
 def _mlp(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix, str]:
-    functions = {"act_fn", "activation_fn"}
+    functions = ("act_fn", "activation_fn")
     if hasattr(mlp, "gate_up_proj"):
-        parts = _children(mlp, {"gate_up_proj", "down_proj"}, functions, "mlp")
+        parts = _children(mlp, {"gate_up_proj", "down_proj"}, set(functions), "mlp")
         joined = _matrix(parts["gate_up_proj"], "gate_up_proj")
         half = joined.weight.shape[0] // 2
         gate, up = joined.rows(0, half), joined.rows(half, half)
     else:
-        parts = _children(mlp, {"gate_proj", "up_proj", "down_proj"}, functions, "mlp")
+        parts = _children(mlp, {"gate_proj", "up_proj", "down_proj"}, set(functions), "mlp")
         gate, up = (_matrix(parts[name], name) for name in ("gate_proj", "up_proj"))
     activation = next((getattr(mlp, name) for name in functions if hasattr(mlp, name)), None)
     return gate, up, _matrix(parts["down_proj"], "down_proj"), _activation(activation)
@@ -271,19 +283,42 @@ def _activation(function: Any) -> str:
 
 def _refuse_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if module is model:
-            continue
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            raise _unlike(f"hooks or another forward on {name}")
+            raise _unlike(f"hooks or another forward on {name or 'itself'}")
 
 
-def _check_weights(model: PreTrainedModel, recipe: Recipe) -> None:
+def _check_parameters(model: PreTrainedModel) -> None:
+    first = next(model.parameters()).dtype
+    for name, weight in model.named_parameters():
+        if weight.dtype not in _DTYPES or weight.dtype != first or not weight.is_cpu:
+            raise _unlike(f"{name} in {weight.dtype} on {weight.device.type}")
+        # quantized weights are tensors of another class, which say that they are these
+        is_plain = type(weight) in (nn.Parameter, Tensor) and weight.layout is torch.strided
+        if not is_plain or not weight.is_contiguous() or weight.data_ptr() == 0:
+            raise _unlike(f"{name} in another layout")
+
+
+def _check_shapes(blocks: tuple[BlockRecipe, ...], head_dim: int, hidden: int) -> None:
+    first = blocks[0]
+    heads, kv_heads, inner = (x.weight.shape[0] for x in (first.query, first.key, first.gate))
+    told = [
+        (heads, hidden),
+        *((kv_heads, hidden),) * 2,
+        (hidden, heads),
+        *((inner, hidden),) * 2,
+        (hidden, inner),
+    ]
+    for b in blocks:
+        matrices = (b.query, b.key, b.value, b.output, b.gate, b.up, b.down)
+        if [tuple(x.weight.shape) for x in matrices] != told:
+            raise _unlike("blocks of several shapes")
+    if heads % head_dim or kv_heads % head_dim or heads % kv_heads:
+        raise _unlike(f"{heads} query and {kv_heads} key features in heads of {head_dim}")
+
+
+def _check_places(model: PreTrainedModel, recipe: Recipe) -> None:
     used = {weight.data_ptr() for weight in recipe.weights()}
     for name, weight in model.named_parameters():
-        if weight.dtype not in _DTYPES or weight.dtype != recipe.dtype or not weight.is_cpu:
-            raise _unlike(f"{name} in {weight.dtype} on {weight.device.type}")
-        if not weight.is_contiguous():
-            raise _unlike(f"{name} in another order of its elements")
         if weight.data_ptr() not in used:
             raise _unlike(f"{name}, which has no place in the native step")
 

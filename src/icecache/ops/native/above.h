@@ -19,7 +19,7 @@ static inline int64_t list_above(const float *x, int64_t num, float least, int32
     };
     static const uint8_t many[16] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
     for (; i + 4 <= num; i += 4) {
-        int bits = _mm_movemask_ps(_mm_cmpnlt_ps(_mm_loadu_ps(x + i), _mm_set1_ps(least)));
+        int bits = _mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(x + i), _mm_set1_ps(least)));
         __m128i four = _mm_loadu_si128((const __m128i *)which[bits]);
         _mm_storeu_si128((__m128i *)(out + found), _mm_add_epi32(four, _mm_set1_epi32((int32_t)i)));
         found += many[bits];
