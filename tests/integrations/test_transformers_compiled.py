@@ -162,7 +162,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         icecache.attach(model, **SMALL, compile=True)
     assert model.config._attn_implementation == "sdpa"
     # by default that is no error: the steps stay as they are
-    with icecache.attach(model, **SMALL) as attachment:
+    with icecache.attach(model, **SMALL, native=False) as attachment:
         generate(model, prompt())
         assert attachment.compiled_steps == 0
 
@@ -184,7 +184,7 @@ def test_by_default_the_faster_way_is_kept(
     with icecache.attach(model, **SMALL, compile=False):
         expected = generate(model, prompt())
     monkeypatch.setattr(PacedStep.__init__, "__defaults__", (10,))
-    with icecache.attach(model, **SMALL) as attachment:
+    with icecache.attach(model, **SMALL, native=False) as attachment:
         assert torch.equal(generate(model, prompt()), expected)
         # 23 steps: 10 without, one that makes the graph, 4 on trial
         assert attachment.compiled_steps == (13 if is_faster else 5)
@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_leaves_steps_as_they_are(
 
     monkeypatch.setattr(CompiledStep, "_compile", lambda self: fail)
     monkeypatch.setattr(PacedStep.__init__, "__defaults__", (10,))
-    with icecache.attach(model, **SMALL) as attachment:
+    with icecache.attach(model, **SMALL, native=False) as attachment:
         assert torch.equal(generate(model, prompt()), expected)
         assert attachment.compiled_steps == 0
     assert "stay uncompiled: no headers" in caplog.text
