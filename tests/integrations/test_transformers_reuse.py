@@ -34,7 +34,7 @@ def test_layers_attend_to_their_leaders_selection(
 
     monkeypatch.setattr(IceCacheLayer, "attend", spy)
     monkeypatch.setattr(IceCacheLayer, "step", spy_on_step)
-    with icecache.attach(model, **SMALL, layer_reuse=reuse) as attachment:
+    with icecache.attach(model, **SMALL, layer_reuse=reuse, native=False) as attachment:
         greedy(model, ids, steps=4)
         managed = attachment.cache.managed
         stats = attachment.cache.stats()
