@@ -78,7 +78,10 @@ def test_random_weights_are_the_same_on_every_run(tiny: LlamaConfig, subject: Su
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--caches", "dynamo"], "--caches must be of icecache, icecache:compiled, dynamic"),
+        (
+            ["--caches", "dynamo"],
+            "--caches must be of icecache, icecache:compiled, icecache:torch, dynamic",
+        ),
         (["--caches", "kvpress:other"], "got 'kvpress:other'"),
         (["--model", "smollm3"], "--model must be one of embedded, smollm2-shape"),
         (["--context", "0"], "--context must be from 1 to 16777216, got 0"),
