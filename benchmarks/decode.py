@@ -14,7 +14,7 @@ DynamicCache answers greedily and the others are given its tokens; `agreement` i
 steps in which they would have said the next one too, in real contexts. `icecache` runs its steps as
 `attach` does by default, natively where the model has such a step; `icecache:torch` as the model
 does them, `icecache:compiled` through torch.compile; `llama.cpp` the same model in 4 bits a weight,
-where it is installed.
+where it is installed. `native_steps` counts those of a cache's steps that ran natively.
 `prefill_s` ends with the prompt's last logits; `settle_s` is what a cache's
 own threads took after that, before anything else ran. `kv_bytes` is what a cache holds at the end,
 index and reserved room included. `peak_rss` is sampled every 20 ms by a thread during a cache's own

@@ -119,6 +119,7 @@ class Player:
         self._settings = opening.settings
         make = {"icecache": _native_step, COMPILED: _compiled_step}.get(name)
         self._step = None if make is None else make(opening.model)
+        self._native_before = self._count_native()
 
     def attached(self) -> AbstractContextManager[Any]:
         """Let the model run the attention of this cache, and no longer than that."""
@@ -153,6 +154,15 @@ class Player:
     def close(self) -> None:
         if isinstance(self.cache, IceCache):
             self.cache.close()
+
+    @property
+    def native_steps(self) -> int:
+        """Steps that ran as one compiled call, those before the timed ones included."""
+        return self._count_native() - self._native_before
+
+    def _count_native(self) -> int:
+        # one step serves all contexts
+        return self._step.steps if isinstance(self._step, NativeStep) else 0
 
     @property
     def held_bytes(self) -> int:

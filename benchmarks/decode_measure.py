@@ -112,14 +112,14 @@ def measure(
         else:
             first = prefill(players, case.token_ids, takes, advance)
         play(players, case.blocks, first, takes, advance)
-        held = {player.name: player.held_bytes for player in players}
+        held = {player.name: (player.held_bytes, player.native_steps) for player in players}
     finally:
         for player in players:
             player.close()
         # the next length needs the memory
         del players
         gc.collect()
-    return [row(name, case, takes, held[name]) for name in names]
+    return [row(name, case, takes, *held[name]) for name in names]
 
 
 def check_memory(subject: Subject, case: Case, caches: int) -> None:
@@ -230,7 +230,9 @@ def _ratio(full: list[float], ours: list[float]) -> float:
     return median(median(theirs) / median(mine) for theirs, mine in rounds)
 
 
-def row(name: str, case: Case, takes: dict[str, Take], held: int) -> dict[str, Any]:
+def row(
+    name: str, case: Case, takes: dict[str, Take], held: int, native_steps: int
+) -> dict[str, Any]:
     """The figures of a cache; what cannot be had is None."""
     take, full = takes[name], takes.get("dynamic")
     times = step_times(take.seconds)
@@ -250,6 +252,7 @@ def row(name: str, case: Case, takes: dict[str, Take], held: int) -> dict[str, A
         "prefill_s": take.prefill_s,
         "settle_s": take.settle_s,
         "kv_bytes": held,
+        "native_steps": native_steps,
         "peak_rss": take.peak_rss,
         "agreement": agreement,
         "steps": case.steps,

@@ -75,6 +75,11 @@ class LlamaPlayer:
         self._engine.close()
 
     @property
+    def native_steps(self) -> int:
+        """Of IceCache only."""
+        return 0
+
+    @property
     def held_bytes(self) -> int:
         """Keys and values in 16 bits, room that is not yet used included."""
         return self._kv_bytes

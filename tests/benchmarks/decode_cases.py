@@ -12,7 +12,7 @@ __all__ = ["KEYS", "SETTINGS", "TOKEN_BYTES", "make_case", "rows_of"]
 
 KEYS = {
     "ratio", "cache", "context", "synthetic", "tpot_ms_median", "tpot_ms_p99", "prefill_s",
-    "settle_s", "kv_bytes", "peak_rss", "agreement", "steps",
+    "settle_s", "kv_bytes", "peak_rss", "agreement", "steps", "native_steps",
 }  # fmt: skip
 # 2 layers, keys and values, 2 KV heads of 16 float32 numbers
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4

@@ -11,7 +11,7 @@ from zoo import SMALL, build, family, greedy, left_padded
 
 import icecache
 from icecache.errors import InputError
-from icecache.integrations.transformers import native
+from icecache.integrations.transformers import one_call
 from icecache.integrations.transformers.native import NativeStep
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3")
@@ -254,14 +254,14 @@ def test_an_interrupt_behind_the_call_takes_the_step_back(
         step, cache = NativeStep(model), icecache.IceCache(model, **settings)
         model(ids, past_key_values=cache)
         step(input_ids=ids[:, :1], past_key_values=cache)
-        library = native.load_forward()
+        library = one_call.load_forward()
 
         class Interrupted:
             def icecache_forward(self, *arguments: object) -> int:
                 assert library.icecache_forward(*arguments) == 0
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(native, "load_forward", Interrupted)
+        monkeypatch.setattr(one_call, "load_forward", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(input_ids=ids[:, 1:2], past_key_values=cache)
         monkeypatch.undo()

@@ -11,7 +11,7 @@ from zoo import SMALL, Family, build, family, greedy
 
 import icecache
 from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
-from icecache.integrations.transformers.native import NativeStep
+from icecache.integrations.transformers import one_call
 from icecache.integrations.transformers.pace import PacedStep
 
 # scales its queries by their position beyond the first 64
@@ -185,11 +185,11 @@ def test_a_check_that_is_interrupted_is_made_again(monkeypatch: pytest.MonkeyPat
     full = greedy(model, ids)
     with icecache.attach(model) as attachment:
 
-        def interrupt(self: NativeStep, first: int) -> float:
+        def interrupt(*_: object) -> float:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(NativeStep, "_difference", interrupt)
+            patch.setattr(one_call, "_difference", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 greedy(model, ids)
         assert torch.equal(greedy(model, ids).ids, full.ids)

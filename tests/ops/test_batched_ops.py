@@ -1,5 +1,6 @@
 """Every batched op against its loop in `reference`, at odd shapes."""
 
+import itertools
 import math
 
 import pytest
@@ -222,9 +223,10 @@ def test_attend_dense_in_half_precision(
 
 def test_attend_dense_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "_BLOCK_ELEMENTS", 7 * 2 * 40)
+    monkeypatch.setattr(batched, "_MASK_ELEMENTS", 7 * 40)
     query, keys, values = (_normal(s, 1, 2, 40, 64) for s in (23, 24, 25))
-    valid = torch.arange(40)[None] >= 3
-    for softcap in (None, 4.0):
+    padding = torch.arange(40)[None] >= 3
+    for softcap, valid in itertools.product((None, 4.0), (None, padding)):
         arguments = (query[:, :, 10:], keys, values, valid, 0.125, softcap, None)
         ours, truth = batched.attend_dense(*arguments), reference.attend_dense(*arguments)
         assert largest_error(ours, truth) <= 1e-5

@@ -1,6 +1,5 @@
 """The native step of a model beside its plain twin, at odd shapes and over poisoned memory."""
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from icecache.cache.fused import ATTENDED
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
+from icecache.errors import InputError
+from icecache.integrations.transformers import one_call
+from icecache.integrations.transformers.one_call import ready_steps
 from icecache.integrations.transformers.recipe import BlockRecipe, Matrix, NormRecipe, Recipe
 from icecache.integrations.transformers.rooms import Rooms
-from icecache.ops.native import Answer
-from icecache.ops.native.forward import ACTIVATIONS, load_forward
+from icecache.ops.native.forward import ACTIVATIONS
 from icecache.ops.reference_model import gated_mlp, rms_norm, rotate
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 45, 77, 6, 2, 20, 131
@@ -93,8 +93,8 @@ def make_recipe(
     )
 
 
-def make_layers(recipe: Recipe, batch: int) -> list[IceCacheLayer]:
-    generator = torch.Generator().manual_seed(5)
+def make_layers(recipe: Recipe, batch: int, seed: int = 5) -> list[IceCacheLayer]:
+    generator = torch.Generator().manual_seed(seed)
     layers = []
     for _ in recipe.blocks:
         layer = IceCacheLayer(
@@ -106,27 +106,27 @@ def make_layers(recipe: Recipe, batch: int) -> list[IceCacheLayer]:
     return layers
 
 
-def run(recipe: Recipe, layers: list[IceCacheLayer], ids: Tensor, positions: Tensor) -> Tensor:
+def run(
+    recipe: Recipe, caches: list[list[IceCacheLayer]], ids: Tensor, positions: Tensor
+) -> Tensor:
     """Logits of a step by the compiled call, [batch, tokens]; every buffer held NaN before."""
-    rooms = Rooms(recipe, ids.shape[0])
-    for buffer in (rooms._products, rooms._vectors, rooms._inner, rooms._hidden):
-        buffer.fill(np.nan)
+    rooms = poisoned(Rooms(recipe, ids.shape[0], len(caches)))
     rooms.set_tokens(ids, positions)
     steps = []
-    for layer, token in zip(layers, rooms.tokens, strict=True):
-        step = layer.fused_step()
-        assert step is not None and step.ready(token)
-        steps.append(step)
-    logits = rooms.begin([step.open(rooms.attended) for step in steps])
-    logits.fill_(float("nan"))
-    block, row = ctypes.c_int64(-1), ctypes.c_int64(-1)
-    status = load_forward().icecache_forward(
-        ctypes.byref(rooms.forward), ctypes.byref(block), ctypes.byref(row), ctypes.byref(Answer())
-    )
-    assert (status, block.value) == (ATTENDED, len(layers))
-    for layer, step in zip(layers, steps, strict=True):
-        layer.close_step(step, status, rooms.rows)
+    for cache, layers in enumerate(caches):
+        steps.append(ready_steps(layers, rooms, cache))
+        assert steps[-1] is not None
+    logits, outcomes = one_call.run(rooms, caches, steps)
+    assert all(outcome.is_done and all(outcome.took_in) for outcome in outcomes)
     return logits
+
+
+def poisoned(rooms: Rooms) -> Rooms:
+    for buffer in (rooms._products, rooms._vectors, rooms._inner, rooms._hidden):
+        buffer.fill(np.nan)
+    for heads in (rooms.query, rooms.key, rooms.value, *rooms.attended):
+        heads.fill_(float("nan"))
+    return rooms
 
 
 def twin(recipe: Recipe, layers: list[IceCacheLayer], ids: Tensor, positions: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def twin(recipe: Recipe, layers: list[IceCacheLayer], ids: Tensor, positions: Te
 def compare(recipe: Recipe, batch: int, atol: float) -> None:
     ids = torch.tensor([[130], [0], [57]])[:batch]
     positions = torch.tensor([[7], [100], [33]])[:batch]
-    ours = run(recipe, make_layers(recipe, batch), ids, positions)
+    ours = run(recipe, [make_layers(recipe, batch)], ids, positions)
     told = twin(recipe, make_layers(recipe, batch), ids, positions)
     assert ours.dtype == recipe.dtype
     assert ours.shape == (batch, VOCABULARY)
@@ -178,6 +178,68 @@ def compare(recipe: Recipe, batch: int, atol: float) -> None:
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 def test_a_step_is_its_twins(dtype: torch.dtype, atol: float, batch: int) -> None:
     compare(make_recipe(dtype), batch, atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_the_same_in_any_company(dtype: torch.dtype) -> None:
+    """Bit for bit, with caches of their own: alone, and beside up to ten others."""
+    recipe = make_recipe(dtype)
+    ids, positions = torch.arange(11)[:, None] * 11, torch.arange(11)[:, None] * 9
+    alone = torch.cat(
+        [
+            run(recipe, [make_layers(recipe, 1, seed=i)], ids[i : i + 1], positions[i : i + 1])
+            for i in range(11)
+        ]
+    )
+    for num in (2, 3, 4, 5, 11):
+        caches = [make_layers(recipe, 1, seed=i) for i in range(num)]
+        assert torch.equal(run(recipe, caches, ids[:num], positions[:num]), alone[:num])
+
+
+def test_a_cache_that_fails_leaves_the_others_alone() -> None:
+    """Attention overflows in the second block of the second cache, of three each."""
+    recipe = make_recipe()
+    ids, positions = torch.tensor([[3], [5], [9]]), torch.tensor([[7], [7], [7]])
+    caches = [make_layers(recipe, 1, seed=i) for i in range(3)]
+    alone = torch.cat(
+        [
+            run(recipe, [make_layers(recipe, 1, seed=i)], ids[i : i + 1], positions[i : i + 1])
+            for i in (0, 2)
+        ]
+    )
+    huge = torch.full((1, KV_HEADS, 1, DIM), 3e38)
+    caches[1][1].append(huge, huge)
+    rooms = poisoned(Rooms(recipe, 3, 3))
+    rooms.set_tokens(ids, positions)
+    steps = [ready_steps(layers, rooms, cache) for cache, layers in enumerate(caches)]
+    logits, outcomes = one_call.run(rooms, caches, steps)
+    assert torch.equal(logits[[0, 2]], alone)
+    assert [outcome.is_done for outcome in outcomes] == [True, False, True]
+    assert isinstance(outcomes[1].error, InputError)
+    assert outcomes[1].took_in[0]
+    assert not outcomes[1].took_in[2]
+    assert [layer.num_tokens for layer in caches[0]] == [8, 8, 8]
+
+
+def test_a_block_can_be_watched() -> None:
+    recipe = make_recipe()
+    ids, positions = torch.tensor([[3], [5]]), torch.tensor([[7], [7]])
+    caches = [make_layers(recipe, 1, seed=i) for i in range(2)]
+    rooms = Rooms(recipe, 4, 4)
+    rooms.use(2)
+    rooms.set_tokens(ids, positions)
+    seen: list[Tensor] = []
+    for watched in ([None, 1], [2, None]):
+        caches = [make_layers(recipe, 1, seed=i) for i in range(2)]
+        rooms.watched_query.fill_(float("nan"))
+        steps = [ready_steps(layers, rooms, cache) for cache, layers in enumerate(caches)]
+        one_call.run(rooms, caches, steps, watched)
+        is_seen = rooms.watched_query.isfinite().flatten(1).all(1)
+        assert is_seen.tolist() == [watched[0] is not None, watched[1] is not None, False, False]
+        seen.append(rooms.watched_query[is_seen.nonzero().item()])
+    # the last block's queries are there still
+    assert torch.equal(seen[1], rooms.query[0])
+    assert not torch.equal(seen[0], rooms.query[1])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -209,7 +271,7 @@ def test_rows_of_a_weight_that_are_not_the_first(dtype: torch.dtype) -> None:
     changed = replace(first, gate=joined.rows(INNER, INNER), up=joined.rows(0, INNER))
     joint = replace(recipe, blocks=(changed, *recipe.blocks[1:]))
     ids, positions = torch.tensor([[5]]), torch.tensor([[9]])
-    a, b = (run(r, make_layers(recipe, 1), ids, positions) for r in (recipe, joint))
+    a, b = (run(r, [make_layers(recipe, 1)], ids, positions) for r in (recipe, joint))
     assert torch.equal(a, b)
 
 

@@ -59,6 +59,13 @@ def serve(
         float, typer.Option(min=0, help="Idle conversations leave the memory after so long.")
     ] = 600.0,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    native: Annotated[
+        bool | None,
+        typer.Option(
+            "--native/--no-native",
+            help="Answers by one compiled call a step; by default where the model can.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model to any OpenAI client, and a chat page at /."""
     _check_installed()
@@ -76,6 +83,7 @@ def serve(
         conversations=conversations,
         max_disk=parse_bytes("--max-disk", max_disk),
         forget_seconds=forget_seconds,
+        native=native,
     )
     # a team of this thread would stay, and the one of the thread that serves would sleep
     work_alone()

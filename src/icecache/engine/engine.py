@@ -45,7 +45,9 @@ class Engine:
     Raises
     ------
     UnsupportedModel
-        If the model cannot run packed; it is left as it was.
+        If the model cannot run packed, or natively as asked for; it is left as it was.
+    BackendUnavailable
+        If it is to run natively without the compiled ops.
 
     Notes
     -----
@@ -69,7 +71,9 @@ class Engine:
     ) -> None:
         self.settings = EngineSettings() if settings is None else settings
         self.cache = IceCacheConfig() if cache is None else cache
-        self._runner = Runner(model, self.settings.prefill_chunk, self.settings.threads)
+        self._runner = Runner(
+            model, self.settings.prefill_chunk, self.settings.threads, self.settings.native
+        )
         try:
             self._ledger = Ledger(self.settings.max_host_memory)
             self._store = Store(self._runner, self.settings)
@@ -194,6 +198,7 @@ class Engine:
             conversation_bytes=self._store.nbytes,
             disk_bytes=self._store.disk_bytes,
             disk_failures=self._store.failures,
+            native_steps=self._runner.native_steps,
             **dataclasses.asdict(self._counts),
         )
 
@@ -255,13 +260,11 @@ class Engine:
     def _serve(self, chosen: list[tuple[Request, Piece]]) -> list[Output]:
         logits, spans = self._runner.forward([piece for _, piece in chosen])
         outputs: list[Output] = []
-        row = 0
-        for (request, piece), span in zip(chosen, spans, strict=True):
+        for (request, piece), following, span in zip(chosen, logits, spans, strict=True):
             if span.error is not None:
                 outputs.append(self._fail(request, span.error))
             else:
-                outputs.append(self._advance(request, piece, logits[row : row + 1]))
-            row += piece.wants_logits
+                outputs.append(self._advance(request, piece, following))
         return outputs
 
     def _fail(self, request: Request, error: IceCacheError) -> Output:
@@ -269,17 +272,18 @@ class Engine:
         self._end(request, Finish.ERROR)
         return Output(request, None, Finish.ERROR)
 
-    def _advance(self, request: Request, piece: Piece, logits: torch.Tensor) -> Output:
+    def _advance(self, request: Request, piece: Piece, logits: torch.Tensor | None) -> Output:
         if request.phase is Phase.PREFILL:
             request.num_prefilled += len(piece.ids)
             self._counts.prompt_tokens += len(piece.ids)
-            if not piece.wants_logits:
+            if logits is None:
                 if self._schedule.is_worth_sharing(request):
                     self._keep_fork(request, None)
                 return Output(request, None, None)
             self._schedule.prefilling.remove(request)
-            self._keep_fork(request, logits[0].clone())
-        return self._take_token(request, logits[0])
+            self._keep_fork(request, logits.clone())
+        assert logits is not None
+        return self._take_token(request, logits)
 
     def _take_token(self, request: Request, logits: torch.Tensor) -> Output:
         try:

@@ -6,8 +6,10 @@ a row's result was found to be the same bit for bit, whatever the others are. So
 up to that, and everything else is done request by request.
 """
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +18,22 @@ from transformers import PreTrainedModel
 
 from icecache.cache.layer import IceCacheLayer
 from icecache.config import IceCacheConfig
+from icecache.engine.native import NativeSteps
 from icecache.engine.packed import KEYWORD, NAME, PackedBatch, Span, register_packed
 from icecache.engine.watch import Watch
-from icecache.errors import InputError, UnsupportedModel
+from icecache.errors import BackendUnavailable, InputError, UnsupportedModel
 from icecache.integrations.transformers.attach import (
     attention_of,
     restore_attention,
     set_attention,
 )
+from icecache.integrations.transformers.one_call import Layers
 from icecache.integrations.transformers.support import decoder_config, supports
 from icecache.ops.threads import SoloThreads
 
 __all__ = ["Piece", "Runner"]
 
+_logger = logging.getLogger(__name__)
 _ROWS = 8
 _SPARE_TOKENS = 192
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -46,6 +51,8 @@ class Piece(NamedTuple):
     wants_logits : bool
         Whether the last one's logits are wanted.
     watch : Watch, optional
+    is_answer : bool, default False
+        Whether it is the latest token of an answer, and not a piece of a prompt.
     """
 
     layers: Sequence[IceCacheLayer]
@@ -53,6 +60,7 @@ class Piece(NamedTuple):
     first: int
     wants_logits: bool
     watch: Watch | None = None
+    is_answer: bool = False
 
 
 class _Shape(NamedTuple):
@@ -71,14 +79,24 @@ class Runner:
         Most tokens of a piece.
     threads : int, optional
         Threads that attend; by default the cores that this process may use.
+    native : bool, optional
+        As in `EngineSettings`.
 
     Raises
     ------
     UnsupportedModel
-        If the model cannot run packed; it is left as it was.
+        If the model cannot run packed, or natively as asked for; it is left as it was.
+    BackendUnavailable
+        If it is to run natively without the compiled ops.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chunk: int,
+        threads: int | None = None,
+        native: bool | None = None,
+    ) -> None:
         _check_model(model)
         self._chunk = chunk
         self.model = model
@@ -91,9 +109,15 @@ class Runner:
         try:
             set_attention(model, NAME)
             self._shapes = self._probe()
+            self._native = self._native_steps(native)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def native_steps(self) -> int:
+        """Tokens of answers that were taken in natively."""
+        return 0 if self._native is None else self._native.steps
 
     @property
     def vocabulary(self) -> int:
@@ -119,35 +143,81 @@ class Runner:
         return sum(layer.estimate_bytes(1, tokens) for layer in self.new_layers(settings))
 
     @torch.inference_mode()
-    def forward(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[Span]]:
+    def forward(self, pieces: Sequence[Piece]) -> tuple[list[Tensor | None], list[Span]]:
         """Run the model over pieces; each takes its tokens in.
 
         Returns
         -------
-        logits : Tensor, shape [wanted, vocabulary]
-            Of the pieces that wanted them, in their order.
+        logits : list of Tensor, shape [vocabulary]
+            One a piece; None where they were not wanted, or after an error.
         spans : list of Span
             One a piece; where `error` is set, the piece's layers must not be used again.
         """
-        spans: list[Span] = []
-        ids: list[int] = []
-        positions: list[int] = []
-        last: list[int] = []
-        for piece in pieces:
-            spans.append(Span(piece.layers, len(ids), len(piece.ids), piece.watch))
-            ids.extend(piece.ids)
-            positions.extend(range(piece.first, piece.first + len(piece.ids)))
-            if piece.wants_logits:
-                last.append(len(ids) - 1)
-        output = self._run(
-            ids, positions, last or [0], PackedBatch(spans, self._executor, self._threads)
-        )
-        return output[: len(last)], spans
+        spans = [Span(piece.layers, 0, len(piece.ids), piece.watch) for piece in pieces]
+        done = self._take_answers(pieces, spans)
+        rest = [i for i in range(len(pieces)) if i not in done and spans[i].error is None]
+        done |= self._run_packed(pieces, spans, rest)
+        return [done.get(i) for i in range(len(pieces))], spans
 
     def close(self) -> None:
         """Give the model its own attention back."""
         restore_attention(self._before)
         self._executor.shutdown()
+
+    def _take_answers(self, pieces: Sequence[Piece], spans: list[Span]) -> dict[int, Tensor]:
+        """Let answers go on natively; the logits of those that did."""
+        answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
+        if self._native is None:
+            return {}
+        done = self._native.take(
+            [spans[i] for i in answers],
+            [pieces[i].ids[0] for i in answers],
+            [pieces[i].first for i in answers],
+        )
+        return {answers[number]: logits for number, logits in done.items()}
+
+    def _run_packed(
+        self, pieces: Sequence[Piece], spans: list[Span], chosen: list[int]
+    ) -> dict[int, Tensor]:
+        """Run the model over some pieces; the logits of those that want them."""
+        ids: list[int] = []
+        positions: list[int] = []
+        last: dict[int, int] = {}
+        for i in chosen:
+            piece, spans[i].start = pieces[i], len(ids)
+            ids.extend(piece.ids)
+            positions.extend(range(piece.first, piece.first + len(piece.ids)))
+            if piece.wants_logits:
+                last[i] = len(ids) - 1
+        if not ids:
+            return {}
+        batch = PackedBatch([spans[i] for i in chosen], self._executor, self._threads)
+        output = self._run(ids, positions, [*last.values()] or [0], batch)
+        return dict(zip(last, output, strict=False))
+
+    def _native_steps(self, native: bool | None) -> NativeSteps | None:
+        if native is False:
+            return None
+        try:
+            steps = NativeSteps(self.model, self._tell)
+            if native:
+                steps.check()
+        except (UnsupportedModel, BackendUnavailable) as reason:
+            if native:
+                raise
+            _logger.info("decode steps run through torch: %s", reason)
+            return None
+        return steps
+
+    @contextmanager
+    def _tell(self, token_ids: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Layers]]:
+        ids, places = token_ids.tolist(), positions.tolist()
+        settings = IceCacheConfig()
+        all_at_once, first = self.new_layers(settings), self.new_layers(settings)
+        wanted = list(range(len(ids)))
+        told = self._run(ids, places, wanted, PackedBatch([Span(all_at_once, 0, len(ids))]))
+        self._run(ids[:1], places[:1], [0], PackedBatch([Span(first, 0, 1)]))
+        yield told[: len(ids)], first
 
     def _run(
         self, ids: list[int], positions: list[int], last: list[int], batch: PackedBatch

@@ -34,7 +34,14 @@ class Schedule:
         chosen = [
             (
                 request,
-                Piece(request.layers, request.answer[-1:], request.num_tokens, True, request.watch),
+                Piece(
+                    request.layers,
+                    request.answer[-1:],
+                    request.num_tokens,
+                    True,
+                    request.watch,
+                    is_answer=True,
+                ),
             )
             for request in self.running
             if request.phase is Phase.DECODE

@@ -35,6 +35,10 @@ class EngineSettings:
         A conversation that nobody has used for so long leaves the memory.
     threads : int, optional
         Threads that attend; by default the cores that this process may use.
+    native : bool, optional
+        Take the next tokens of answers in by one compiled call, products with the weights included.
+        By default wherever the model can, as in `icecache.attach`; True raises where that cannot
+        be, False never does it.
     """
 
     max_running: int = 16
@@ -46,6 +50,7 @@ class EngineSettings:
     idle_seconds: float = 5.0
     forget_seconds: float = 600.0
     threads: int | None = None
+    native: bool | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_running", 1), ("max_waiting", 0), ("prefill_chunk", 32)):
@@ -53,6 +58,8 @@ class EngineSettings:
         for name in ("max_host_memory", "max_disk", "threads"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), 1)
+        if not (self.native is None or isinstance(self.native, bool)):
+            raise ConfigError(f"native must be True, False or None, got {self.native!r}")
         for name in ("idle_seconds", "forget_seconds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)!r}")

@@ -25,6 +25,8 @@ class EngineStats:
         Conversations that could not be written.
     prompt_tokens, cached_tokens, answer_tokens : int
         Tokens read, taken from stored conversations instead, and answered.
+    native_steps : int
+        Of the tokens answered, those that were taken in by one compiled call.
     sparse_steps, dense_steps : int
         Attention calls of the requests that have ended, over their layers.
     """
@@ -41,6 +43,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     answer_tokens: int
+    native_steps: int
     sparse_steps: int
     dense_steps: int
 

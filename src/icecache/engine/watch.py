@@ -21,19 +21,21 @@ class Watch:
     mass : float, optional
         Share of the attention that falls on what is attended exactly, by the estimate of the
         summaries; a running mean over layers and steps.
+    turn : int
+        The layer whose turn it is.
     """
 
     def __init__(self) -> None:
         self.mass: float | None = None
-        self._turn = 0
+        self.turn = 0
 
     def look(
         self, index: int, layers: Sequence[IceCacheLayer], query: Tensor, settings: dict[str, Any]
     ) -> None:
         """Take note of a layer's step, if it is its turn; query: shape [1, heads, 1, dim]."""
-        if index != self._turn:
+        if index != self.turn:
             return
-        self._turn = (index + 1) % len(layers)
+        self.turn = (index + 1) % len(layers)
         layer = layers[index]
         seen = 1.0
         if layer.phase is Phase.INDEXED:

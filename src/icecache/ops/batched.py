@@ -21,8 +21,11 @@ __all__ = [
     "summarize",
 ]
 
-_BLOCK_QUERIES = 512
+# torch's attention lays keys out anew for every 64 queries of a call, from 768 on for every 256
+_BLOCK_QUERIES = 1024
+# of logits; of a mask, which torch holds a second time as numbers
 _BLOCK_ELEMENTS = 1 << 26
+_MASK_ELEMENTS = 1 << 25
 _TINY = 1e-37
 _FEW_ELEMENTS = 2048
 _FEW_MEMBERS = 64
@@ -268,8 +271,9 @@ def attend_dense(
             enable_gqa=query.shape[1] != keys.shape[1],
         )
     blocks = []
-    step = _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_keys)
-    step = max(1, min(step, _BLOCK_QUERIES))
+    is_plain = softcap is None and sink_logits is None
+    most = _MASK_ELEMENTS if is_plain else _BLOCK_ELEMENTS // query.shape[1]
+    step = max(1, min(most // (query.shape[0] * num_keys), _BLOCK_QUERIES))
     for start in range(0, num_queries, step):
         block = query[:, :, start : start + step]
         number = start + torch.arange(block.shape[2], device=query.device)
@@ -277,8 +281,10 @@ def attend_dense(
         end = num_keys - num_queries + start + block.shape[2]
         seen = _seen(valid, num_keys, num_queries, number)[..., :end]
         k, v = keys[:, :, :end], values[:, :, :end]
-        if softcap is None and sink_logits is None:
-            blocks.append(_attend_masked(block, k, v, seen, scaling))
+        if is_plain:
+            # without padding a query sees at least its own key
+            blind = None if valid is None else ~seen.any(-1, keepdim=True)
+            blocks.append(_attend_masked(block, k, v, seen, blind, scaling))
         else:
             blocks.append(_attend_capped(block, k, v, seen, scaling, softcap, sink_logits))
     return torch.cat(blocks, 2)
@@ -295,18 +301,17 @@ def _seen(valid: Tensor | None, num_keys: int, num_queries: int, query: Tensor) 
 
 
 def _attend_masked(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, blind: Tensor | None, scaling: float
 ) -> Tensor:
-    blind = ~seen.any(-1, keepdim=True)
     out = functional.scaled_dot_product_attention(
         query,
         keys,
         values,
-        attn_mask=seen | blind,
+        attn_mask=seen if blind is None else seen | blind,
         scale=scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
-    return out.masked_fill(blind, 0.0)
+    return out if blind is None else out.masked_fill(blind, 0.0)
 
 
 def _attend_capped(

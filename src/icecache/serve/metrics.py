@@ -31,6 +31,7 @@ _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens read."),
     "cached_tokens": ("cached_tokens", "Prompt tokens taken from stored conversations."),
     "answer_tokens": ("answer_tokens", "Tokens answered."),
+    "native_steps": ("native_steps", "Tokens of answers taken in by one compiled call."),
     "disk_failures": ("disk_failures", "Conversations that could not be written."),
 }
 

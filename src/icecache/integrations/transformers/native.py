@@ -6,9 +6,9 @@ twin: before its first native step both are asked the same, and a model that ans
 goes on as it is.
 """
 
-import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -17,25 +17,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from icecache.cache.fused import ATTENDED, NOTHING, STOPPED, FusedStep, NewToken
+from icecache.cache.fused import FusedStep
 from icecache.cache.layer import IceCacheLayer
-from icecache.errors import IceCacheError, UnsupportedModel
+from icecache.errors import UnsupportedModel
 from icecache.integrations.transformers.cache import IceCache
 from icecache.integrations.transformers.compiled import is_plain_step
 from icecache.integrations.transformers.layer import ManagedLayer
+from icecache.integrations.transformers.one_call import (
+    Layers,
+    check_answers,
+    ready_steps,
+    require_managed,
+    run,
+)
 from icecache.integrations.transformers.recipe import SCALARS, Recipe, recipe_of
 from icecache.integrations.transformers.rooms import Rooms
-from icecache.integrations.transformers.support import decoder_config, supports
-from icecache.ops.native import Answer
 from icecache.ops.native.forward import load_forward
 
 __all__ = ["NativeStep"]
 
 _LOGGER = logging.getLogger(__name__)
-_CHECKED_TOKENS = 9
-# the difference's root mean square over that of the logits: sums in another order give 1e-6, what
-# torch rounds of bfloat16 some 0.05, another model 1
-_MOST_DIFFERENT = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 class NativeStep:
@@ -95,18 +96,8 @@ class NativeStep:
         UnsupportedModel
             If they differ by more than rounding.
         """
-        limits = getattr(decoder_config(self.model.config), "max_position_embeddings", 0) or 0
-        # what some models do from some position on
-        last = max(0, int(limits) - _CHECKED_TOKENS)
-        difference = max(self._difference(first) for first in {0, last})
+        check_answers(self.model, self._recipe, self._tell)
         self._is_checked = True
-        limit = _MOST_DIFFERENT[self._recipe.dtype]
-        # what is no number differs too
-        if not difference <= limit:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} answers otherwise than the native step (by "
-                f"{difference:.2g} of its logits, {limit:g} is rounding); pass native=False"
-            )
 
     def __call__(self, **inputs: Any) -> Any:
         """Do what ``model(**inputs)`` does."""
@@ -142,13 +133,7 @@ class NativeStep:
     def _make(self) -> None:
         self._build = _build_of(self.model)
         self._can_run, self._is_checked = True, False
-        report = supports(self.model)
-        left = [layer.index for layer in report.layers if layer.status != "managed"]
-        if left:
-            raise UnsupportedModel(
-                f"the native step needs every layer's cache to be IceCache's, and layer "
-                f"{left[0]} of {report.model_type} keeps its own; pass native=False"
-            )
+        require_managed(self.model)
         self._recipe: Recipe = recipe_of(self.model)
         self._rooms: Rooms | None = None
 
@@ -163,13 +148,14 @@ class NativeStep:
         layers = [layer for layer in cache.layers if isinstance(layer, ManagedLayer)]
         if len(layers) != len(self._recipe.blocks) or len(layers) != len(cache.layers):
             return None
+        cores = [layer.core for layer in layers if isinstance(layer.core, IceCacheLayer)]
         batch, (least, most) = token_ids.shape[0], token_ids.aminmax()
-        if least < 0 or most >= self._recipe.embedding.shape[0]:
+        if len(cores) < len(layers) or least < 0 or most >= self._recipe.embedding.shape[0]:
             return None
         if self._rooms is None or self._rooms.batch != batch:
             self._rooms = Rooms(self._recipe, batch)
         rooms = self._rooms
-        steps = _ready_steps(layers, rooms.tokens)
+        steps = ready_steps(cores, rooms, 0)
         if steps is None:
             return None
         if positions is None:
@@ -179,7 +165,7 @@ class NativeStep:
         try:
             logits = None
             if mask is None or cache.forward_pass.new_tokens(_padding(mask)) is None:
-                logits = self._run(rooms, layers, steps)
+                logits = self._run(rooms, layers, cores, steps)
         except BaseException:
             cache.undo()
             raise
@@ -190,83 +176,32 @@ class NativeStep:
         return logits
 
     def _run(
-        self, rooms: Rooms, layers: list[ManagedLayer], steps: list[FusedStep]
+        self, rooms: Rooms, layers: list[ManagedLayer], cores: Layers, steps: list[FusedStep]
     ) -> Tensor | None:
-        block, row, answer = ctypes.c_int64(-1), ctypes.c_int64(-1), Answer()
-        logits = rooms.begin([step.open(rooms.attended) for step in steps])
-        references = ctypes.byref(rooms.forward), *map(ctypes.byref, (block, row, answer))
-        call, status = load_forward().icecache_forward, NOTHING
         try:
-            while (status := call(*references)) == STOPPED:
-                steps[block.value].provide(row.value, answer)
+            logits, (outcome,) = run(rooms, [cores], [steps])
         finally:
-            # an interrupt comes behind the call, which has said by then how far it got
-            status = NOTHING if status == STOPPED else status
-            failure = _close(layers, steps, block.value, (status, row.value), rooms.rows)
-        if failure is not None:
-            raise failure
-        return logits if status == ATTENDED else None
+            # also of what an interrupt has cut short
+            for layer, step in zip(layers, steps, strict=True):
+                layer.num_columns += step.took_in
+        if outcome.error is not None:
+            raise outcome.error
+        return logits if outcome.is_done else None
 
-    @torch.no_grad()
-    def _difference(self, first: int) -> float:
-        """How far both are apart, on tokens from position `first` on."""
-        vocabulary = self._recipe.embedding.shape[0]
-        token_ids = torch.arange(1, _CHECKED_TOKENS + 1)[None] * (vocabulary // 7 + 1) % vocabulary
-        places = torch.arange(first, first + _CHECKED_TOKENS)[None]
-        told = self.model(input_ids=token_ids, position_ids=places, use_cache=False).logits
-        told, cache = told[:, 1:].float(), IceCache(self.model)
+    @contextmanager
+    def _tell(self, token_ids: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Layers]]:
+        ids, places = token_ids[None], positions[None]
+        told = self.model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
+        cache, first = (
+            IceCache(self.model),
+            {"input_ids": ids[:, :1], "position_ids": places[:, :1]},
+        )
         try:
-            self.model(
-                input_ids=token_ids[:, :1], position_ids=places[:, :1], past_key_values=cache
-            )
-            found = [
-                self._step(cache, token_ids[:, i : i + 1], places[:, i : i + 1])
-                for i in range(1, _CHECKED_TOKENS)
-            ]
+            self.model(**first, past_key_values=cache)
+            layers = [layer.core for layer in cache.layers if isinstance(layer, ManagedLayer)]
+            yield told, [layer for layer in layers if isinstance(layer, IceCacheLayer)]
         finally:
             cache.close()
-        steps = [step for step in found if step is not None]
-        if len(steps) < len(found):
-            raise UnsupportedModel(
-                f"the compiled ops do not attend heads as {type(self.model).__name__} has them; "
-                "pass native=False"
-            )
-        ours = torch.stack(steps, 1).float()
-        size = (told - told.mean(-1, keepdim=True)).pow(2).mean().sqrt()
-        return float((ours - told).pow(2).mean().sqrt() / size)
-
-
-def _ready_steps(layers: list[ManagedLayer], tokens: list[NewToken]) -> list[FusedStep] | None:
-    """Return what takes a token into each layer's cache; None unless all can by compiled calls."""
-    steps = []
-    for layer, token in zip(layers, tokens, strict=True):
-        if not isinstance(layer.core, IceCacheLayer):
-            return None
-        step = layer.core.fused_step()
-        if step is None or not step.ready(token):
-            return None
-        steps.append(step)
-    return steps
-
-
-def _close(
-    layers: list[ManagedLayer],
-    steps: list[FusedStep],
-    block: int,
-    how: tuple[int, int],
-    rows: int,
-) -> IceCacheError | None:
-    """Count what each layer did: all before `block`, `how` that one, nothing behind it."""
-    failure = None
-    for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
-        assert isinstance(layer.core, IceCacheLayer)
-        done = (ATTENDED, rows) if i < block else how if i == block else (NOTHING, -1)
-        try:
-            layer.core.close_step(step, *done)
-        except IceCacheError as error:
-            failure = error
-        layer.num_columns += step.took_in
-    return failure
 
 
 def _padding(mask: Tensor) -> Tensor | None:

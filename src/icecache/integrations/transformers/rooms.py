@@ -1,6 +1,7 @@
-"""What a native decode step works in, made once for a batch size and used by every step."""
+"""What a native decode step works in, made once and used by every step."""
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from icecache.cache.fused import NewToken
 from icecache.integrations.transformers.recipe import (
-    BlockRecipe,
     Matrix,
     NormRecipe,
     Recipe,
@@ -30,38 +30,51 @@ class Rooms:
     recipe : Recipe
         Its tensors must stay where they are.
     batch : int
+        Rows of all caches together.
+    num_caches : int, default 1
+        Whose rows these are, as many for each.
 
     Attributes
     ----------
     forward : Forward
         What the compiled call is given.
     key : Tensor, shape [batch, num_kv_heads, 1, head_dim]
-    attended : Tensor, shape [batch, num_heads, 1, head_dim]
-    tokens : list of NewToken
-        What each block's cache is given; query, key and value are the same memory for all.
+    attended : list of Tensor, shape [batch / num_caches, num_heads, 1, head_dim]
+        Of each cache.
+    tokens : list of list of NewToken
+        What each cache is given, block by block; query, key and value are the same memory for all.
+    rows : int
+        A cache's rows, one a KV head.
     """
 
-    def __init__(self, recipe: Recipe, batch: int) -> None:
-        self.recipe, self.batch, self.rows = recipe, batch, batch * recipe.num_kv_heads
+    def __init__(self, recipe: Recipe, batch: int, num_caches: int = 1) -> None:
+        self.recipe, self.batch, self.num_caches = recipe, batch, num_caches
+        self._each = batch // num_caches
+        self.rows = self._each * recipe.num_kv_heads
         heads, kv_heads, dim = recipe.num_heads, recipe.num_kv_heads, recipe.head_dim
         self.query = torch.zeros(batch, heads, 1, dim, dtype=recipe.dtype)
         self.key = torch.zeros(batch, kv_heads, 1, dim, dtype=recipe.dtype)
-        self.value, self.attended = torch.zeros_like(self.key), torch.zeros_like(self.query)
-        tokens = {
-            scaling: NewToken(self.query, self.key, self.value, scaling, None)
-            for scaling in {block.scaling for block in recipe.blocks}
-        }
-        self.tokens = [tokens[block.scaling] for block in recipe.blocks]
+        self.value, self._attended = torch.zeros_like(self.key), torch.zeros_like(self.query)
+        self.watched_query = torch.zeros_like(self.query)
+        self.tokens = [self._tokens(cache) for cache in range(num_caches)]
+        self.attended = [self._attended[self._of(cache)] for cache in range(num_caches)]
+        self._decodes = (ctypes.c_void_p * (len(recipe.blocks) * num_caches))()
+        self._watched = np.full(num_caches, -1, dtype=np.int64)
         self._token_ids = np.zeros(batch, dtype=np.int64)
         # which positions the angles are of
         self._first: int | None = None
         self._table: tuple[np.ndarray, np.ndarray] | None = None
-        self._blocks = (Block * len(recipe.blocks))(*map(self._block, recipe.blocks))
+        self._blocks = (Block * len(recipe.blocks))(*map(self._block, range(len(recipe.blocks))))
         self.forward = self._make()
+
+    def use(self, num_caches: int) -> None:
+        """Let the next steps be of the first so many caches."""
+        self.batch = num_caches * self._each
+        self.forward.num_caches, self.forward.batch = num_caches, self.batch
 
     def set_tokens(self, token_ids: Tensor, positions: Tensor) -> None:
         """Give the next step its tokens, `[batch, 1]` both."""
-        self._token_ids[:] = token_ids[:, 0].numpy()
+        self._token_ids[: self.batch] = token_ids[:, 0].numpy()
         where = positions.expand(self.batch, 1)
         if not self.recipe.has_fixed_angles:
             self._set_angles(*(x[:, 0].numpy() for x in self._angles(where)))
@@ -80,22 +93,44 @@ class Rooms:
         at = [place - self._first for place in places]
         self._set_angles(self._table[0][at], self._table[1][at])
 
-    def begin(self, decodes: list[Decode]) -> Tensor:
-        """Point to what each block's cache is given; return where the logits will be."""
-        for block, decode in zip(self._blocks, decodes, strict=True):
-            block.decode = ctypes.addressof(decode)
+    def begin(
+        self, decodes: Sequence[Sequence[Decode]], watched: Sequence[int | None] = ()
+    ) -> Tensor:
+        """Point to what each cache is given, block by block; return where the logits will be.
+
+        watched: of each cache, the block whose query is wanted, in `watched_query`.
+        """
+        for cache, of_blocks in enumerate(decodes):
+            for block, decode in enumerate(of_blocks):
+                self._decodes[block * self.num_caches + cache] = ctypes.addressof(decode)
+        self._watched[:] = -1
+        self._watched[: len(watched)] = [-1 if block is None else block for block in watched]
         num_tokens = self.recipe.head.weight.shape[0]
         logits = torch.empty(self.batch, num_tokens, dtype=self.recipe.dtype)
         self.forward.logits = logits.data_ptr()
         self.forward.threads = torch.get_num_threads()
         return logits
 
+    def leave_out(self, cache: int) -> None:
+        """Let the rest of a step do without a cache."""
+        for block in range(len(self.recipe.blocks)):
+            self._decodes[block * self.num_caches + cache] = None
+
+    def _of(self, cache: int) -> slice:
+        return slice(cache * self._each, (cache + 1) * self._each)
+
+    def _tokens(self, cache: int) -> list[NewToken]:
+        query, key, value = (x[self._of(cache)] for x in (self.query, self.key, self.value))
+        scalings = {block.scaling for block in self.recipe.blocks}
+        tokens = {scaling: NewToken(query, key, value, scaling, None) for scaling in scalings}
+        return [tokens[block.scaling] for block in self.recipe.blocks]
+
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cosines, sines = self.recipe.rotary(torch.zeros(1), positions)
         return cosines, sines
 
     def _set_angles(self, cosines: np.ndarray, sines: np.ndarray) -> None:
-        self._cosines[:], self._sines[:] = cosines, sines
+        self._cosines[: self.batch], self._sines[: self.batch] = cosines, sines
 
     def _make(self) -> Forward:
         recipe, batch = self.recipe, self.batch
@@ -116,6 +151,7 @@ class Rooms:
             head=_linear(recipe.head),
             embedding=recipe.embedding.data_ptr(),
             num_blocks=len(recipe.blocks),
+            num_caches=self.num_caches,
             batch=batch,
             hidden=hidden,
             num_heads=recipe.num_heads,
@@ -138,10 +174,14 @@ class Rooms:
             query=self.query.data_ptr(),
             key=self.key.data_ptr(),
             value=self.value.data_ptr(),
-            attended=self.attended.data_ptr(),
+            attended=self._attended.data_ptr(),
+            watched=self._watched.ctypes.data,
+            watched_query=self.watched_query.data_ptr(),
         )
 
-    def _block(self, block: BlockRecipe) -> Block:
+    def _block(self, number: int) -> Block:
+        block = self.recipe.blocks[number]
+        first = number * self.num_caches * ctypes.sizeof(ctypes.c_void_p)
         return Block(
             before_attention=_norm(block.before_attention),
             of_query=_norm(block.query_norm),
@@ -156,6 +196,7 @@ class Rooms:
             down=_linear(block.down),
             activation=ACTIVATIONS.index(block.activation),
             rotates=block.rotates,
+            decodes=ctypes.addressof(self._decodes) + first,
         )
 
 

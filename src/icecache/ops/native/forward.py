@@ -7,7 +7,7 @@ from functools import lru_cache
 from icecache.errors import BackendUnavailable
 from icecache.ops.native import REBUILD, Answer, load
 
-__all__ = ["ACTIVATIONS", "Block", "Forward", "Linear", "Norm", "load_forward"]
+__all__ = ["ACTIVATIONS", "Block", "Forward", "Linear", "Norm", "Place", "load_forward"]
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
@@ -41,7 +41,7 @@ class Block(ctypes.Structure):
         *((name, Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
         ("activation", c_int32),
         ("rotates", c_int32),
-        ("decode", c_void_p),
+        ("decodes", c_void_p),
     ]
 
 
@@ -53,7 +53,7 @@ class Forward(ctypes.Structure):
         ("norm", Norm),
         ("head", Linear),
         ("embedding", c_void_p),
-        *((name, c_int64) for name in ("num_blocks", "batch", "hidden", "num_heads")),
+        *((name, c_int64) for name in ("num_blocks", "num_caches", "batch", "hidden", "num_heads")),
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "rotary_dim", "inner")),
         ("threads", c_int64),
         *((name, c_float) for name in ("embedding_scale", "residual_scale", "logit_scale")),
@@ -62,6 +62,17 @@ class Forward(ctypes.Structure):
         *((name, c_void_p) for name in ("hidden_states", "products", "vectors", "inner_vectors")),
         ("widest", c_int64),
         *((name, c_void_p) for name in ("query", "key", "value", "attended", "logits")),
+        *((name, c_void_p) for name in ("watched", "watched_query")),
+    ]
+
+
+class Place(ctypes.Structure):
+    """`Place` of forward.h."""
+
+    _fields_ = [
+        ("block", c_int64),
+        ("cache", c_int64),
+        ("row", c_int64),
     ]
 
 
@@ -70,7 +81,7 @@ def load_forward() -> ctypes.CDLL:
     """Return the library with `icecache_forward`; `BackendUnavailable` where it was not built."""
     library = load()
     expected = 1
-    for structure in (Linear, Norm, Block, Forward):
+    for structure in (Linear, Norm, Block, Forward, Place):
         expected = expected * 131 + sizeof(structure)
     try:
         library.icecache_forward_layout.restype = c_int64
@@ -81,8 +92,7 @@ def load_forward() -> ctypes.CDLL:
         raise BackendUnavailable(f"the compiled ops are of another version; {REBUILD}")
     library.icecache_forward.argtypes = [
         POINTER(Forward),
-        POINTER(c_int64),
-        POINTER(c_int64),
+        POINTER(Place),
         POINTER(Answer),
     ]
     library.icecache_forward.restype = c_int

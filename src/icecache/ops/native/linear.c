@@ -1,8 +1,13 @@
 /* A decode step reads every weight once, so a product is as fast as memory is: one row after the
  * other, asked for a little ahead, since a row is too short for the processor to foresee the next.
+ * Up to four vectors meet a row at once.
  *
  * bfloat16 is widened in registers. Two neighbours come as one word, so vectors are laid out with
- * their even elements before their odd ones. The plain twin is ops/reference_model.py.
+ * their even elements before their odd ones.
+ *
+ * A vector's products are the same bit for bit, however many others there are: each has its own two
+ * sums of eight lanes, and what is left over is filled up with zeros. The plain twin is
+ * ops/reference_model.py.
  */
 #include "linear.h"
 
@@ -14,42 +19,136 @@
 #define AHEAD 2048
 #define CHUNK (1 << 15)
 
-static inline float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline float dot_bfloat16(const uint16_t *weight, const float *x, int64_t dim) {
-    const float *even = x, *odd = x + (dim + 1) / 2;
-    float low = 0.0f, high = 0.0f;
-    for (int64_t i = 0; i < dim / 2; i++) {
-        uint32_t two;
-        memcpy(&two, weight + 2 * i, 4);
-        low += as_float(two << 16) * even[i];
-        high += as_float(two & 0xffff0000u) * odd[i];
-    }
-    if (dim & 1) low += from_bfloat16(weight[dim - 1]) * even[dim / 2];
-    return low + high;
-}
-
 static inline float read_one(const void *data, int64_t i, int32_t dtype) {
     return dtype == FLOAT32 ? ((const float *)data)[i] : from_bfloat16(((const uint16_t *)data)[i]);
 }
 
-CLONES static void multiply(const Linear *l, const Vectors *v, int64_t from, int64_t to, float *out,
-                            int64_t stride) {
-    int64_t dim = l->num_in, bytes = dim * (v->dtype == FLOAT32 ? 4 : 2);
+#if defined(__GNUC__)
+#define LANES 8
+#define VECTORS 4
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+#define INLINE __attribute__((always_inline)) static inline
+
+/* Whole registers of a row with those of vectors: two of weights, of which bfloat16's are one word.
+ * Elements of x that meet the second register are `second` further on. */
+INLINE void add_products(int32_t dtype, const char *weight, const float *const *x, int64_t second,
+                         int64_t num, Floats (*sum)[VECTORS]) {
+    Floats a, b, u, v;
+    if (dtype == FLOAT32) {
+        memcpy(&a, weight, sizeof a);
+        memcpy(&b, weight + sizeof a, sizeof b);
+    } else {
+        Words both;
+        memcpy(&both, weight, sizeof both);
+        a = (Floats)(both << 16);
+        b = (Floats)(both & 0xffff0000u);
+    }
+    for (int64_t i = 0; i < num; i++) {
+        memcpy(&u, x[i], sizeof u);
+        memcpy(&v, x[i] + second, sizeof v);
+        sum[0][i] += a * u;
+        sum[1][i] += b * v;
+    }
+}
+
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLED(x, ...) __builtin_shuffle(x, (Words){__VA_ARGS__})
+#endif
+
+INLINE float sum_of(const Floats *a, const Floats *b) {
+    Floats s = *a + *b;
+    s += SHUFFLED(s, 4, 5, 6, 7, 0, 1, 2, 3);
+    s += SHUFFLED(s, 2, 3, 0, 1, 6, 7, 4, 5);
+    s += SHUFFLED(s, 1, 0, 3, 2, 5, 4, 7, 6);
+    return s[0];
+}
+
+/* What is left of a row, filled up with zeros. */
+INLINE void add_rest(int32_t dtype, const char *weight, const float *const *x, int64_t at,
+                     int64_t dim, int64_t num, Floats (*sum)[VECTORS]) {
+    int64_t left = dim - at;
+    float wide[2 * LANES] = {0}, rest[VECTORS][2 * LANES] = {{0}};
+    uint16_t narrow[2 * LANES] = {0};
+    const float *of[VECTORS];
+    if (dtype == FLOAT32) memcpy(wide, weight, sizeof(float) * (size_t)left);
+    else memcpy(narrow, weight, sizeof(uint16_t) * (size_t)left);
+    for (int64_t i = 0; i < num; i++) {
+        for (int64_t k = 0; k < left; k++)
+            rest[i][place_of(dtype, k, 2 * LANES)] = x[i][place_of(dtype, at + k, dim)];
+        of[i] = rest[i];
+    }
+    add_products(dtype, dtype == FLOAT32 ? (const char *)wide : (const char *)narrow, of, LANES, num,
+                 sum);
+}
+
+/* A row of weights with `num` vectors. */
+INLINE void dots(int32_t dtype, int64_t num, const char *weight, const float *x, int64_t dim,
+                 float *out) {
+    const int64_t step = 2 * LANES, size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t second = dtype == FLOAT32 ? LANES : (dim + 1) / 2;
+    Floats sum[2][VECTORS];
+    const float *of[VECTORS];
+    int64_t at = 0;
+    memset(sum, 0, sizeof sum);
+    for (; at + step <= dim; at += step) {
+        for (int64_t i = 0; i < num; i++)
+            of[i] = x + i * dim + (dtype == FLOAT32 ? at : at / 2);
+        add_products(dtype, weight + at * size, of, second, num, sum);
+    }
+    for (int64_t i = 0; i < num; i++) of[i] = x + i * dim;
+    if (at < dim) add_rest(dtype, weight + at * size, of, at, dim, num, sum);
+    for (int64_t i = 0; i < num; i++) out[i] = sum_of(&sum[0][i], &sum[1][i]);
+}
+#else
+#define VECTORS 1
+#define INLINE static inline
+
+INLINE void dots(int32_t dtype, int64_t num, const char *weight, const float *x, int64_t dim,
+                 float *out) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < dim; k++)
+        sum += x[place_of(dtype, k, dim)] * read_one(weight, k, dtype);
+    out[0] = sum;
+    (void)num;
+}
+#endif
+
+/* Call dots with a number of vectors that the compiler knows. */
+INLINE void some_dots(int32_t dtype, int64_t num, const char *weight, const float *x, int64_t dim,
+                      float *out) {
+    switch (num) {
+    case 1: dots(dtype, 1, weight, x, dim, out); break;
+#if VECTORS == 4
+    case 2: dots(dtype, 2, weight, x, dim, out); break;
+    case 3: dots(dtype, 3, weight, x, dim, out); break;
+    default: dots(dtype, 4, weight, x, dim, out);
+#endif
+    }
+}
+
+INLINE void rows_of(int32_t dtype, const Linear *l, const Vectors *v, int64_t from, int64_t to,
+                    float *out, int64_t stride) {
+    int64_t dim = l->num_in, bytes = dim * (dtype == FLOAT32 ? 4 : 2);
     for (int64_t row = from; row < to; row++) {
         const char *weight = (const char *)l->weight + row * bytes;
+        float bias = l->bias ? read_one(l->bias, row, dtype) : 0.0f;
         prefetch(weight + AHEAD, bytes < AHEAD ? bytes : AHEAD);
-        for (int64_t i = 0; i < v->num; i++) {
-            const float *x = v->data + i * dim;
-            float sum = v->dtype == FLOAT32 ? dot((const float *)weight, x, dim)
-                                            : dot_bfloat16((const uint16_t *)weight, x, dim);
-            out[i * stride + row] = l->bias ? sum + read_one(l->bias, row, v->dtype) : sum;
+        for (int64_t i = 0; i < v->num; i += VECTORS) {
+            int64_t num = v->num - i < VECTORS ? v->num - i : VECTORS;
+            float found[VECTORS];
+            some_dots(dtype, num, weight, v->data + i * dim, dim, found);
+            for (int64_t k = 0; k < num; k++) out[(i + k) * stride + row] = found[k] + bias;
         }
     }
+}
+
+CLONES static void multiply(const Linear *l, const Vectors *v, int64_t from, int64_t to, float *out,
+                            int64_t stride) {
+    if (v->dtype == FLOAT32) rows_of(FLOAT32, l, v, from, to, out, stride);
+    else rows_of(BFLOAT16, l, v, from, to, out, stride);
 }
 
 void icecache_multiply(const Linear *l, const Vectors *v, int64_t from, int64_t to, float *out,
