@@ -23,8 +23,13 @@ RESULTS ?= results/eval-small
 demo: $(VENV)/.demo
 	$(BIN)/icecache demo
 
+# files of tests beside each other; each worker's torch has its share of the cores
+CORES = $(shell $(BIN)/python -c 'import os; print(os.cpu_count() or 1)')
+WORKERS ?= $(shell $(BIN)/python -c 'print(min(4, $(CORES)))')
+
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$$(( $(CORES) > $(WORKERS) ? $(CORES) / $(WORKERS) : 1 )) \
+		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # a slice of everything in a quarter of an hour; killed, it goes on where it was
 eval-small: $(VENV)/.eval
