@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/icecache demo
 
 # files of tests beside each other; each worker's torch has its share of the cores
-CORES = $(shell $(BIN)/python -c 'import os; print(os.cpu_count() or 1)')
+CORES = $(shell $(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')
 WORKERS ?= $(shell $(BIN)/python -c 'print(min(4, $(CORES)))')
 
 test: lint

@@ -9,6 +9,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class BuildAtOnce(build_ext):
     """Compiles the sources of an extension beside each other, as many as there are cores."""
 
@@ -17,7 +24,7 @@ class BuildAtOnce(build_ext):
         compile_some = self.compiler.compile
 
         def compile_all(sources: list[str], **how: Any) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(num_cores()) as pool:
                 objects = pool.map(lambda source: compile_some([source], **how), sources)
                 return [each for some in objects for each in some]
 

@@ -28,7 +28,7 @@ from common import (
 from decode_model import SHAPES, Subject, load_subject
 
 from icecache import IceCacheConfig
-from icecache.engine import Engine, EngineSettings, Sampling
+from icecache.engine import Engine, EngineSettings, Request, Sampling
 from icecache.errors import InputError
 
 ROUNDS = 2
@@ -55,15 +55,24 @@ def step_seconds(
         asked = [engine.add(ids, Sampling(max_tokens=most)) for ids in prompts]
         # the first steps of all, which check and prepare
         while any(len(request.answer) < 2 for request in asked):
+            _require_going_on(asked)
             engine.step()
         seconds = []
         for _ in range(steps):
             begin = time.perf_counter()
             engine.step()
             seconds.append(time.perf_counter() - begin)
-        if any(request.is_finished for request in asked):
-            raise InputError("an answer ended before its steps were timed; ask for fewer --steps")
+        _require_going_on(asked)
         return seconds, engine.stats().native_steps
+
+
+def _require_going_on(requests: list[Request]) -> None:
+    for request in requests:
+        if request.finish is not None:
+            raise InputError(
+                f"an answer ended ({request.finish.value}) after {len(request.answer)} tokens, "
+                "before its steps were timed; ask for another --context or fewer --steps"
+            )
 
 
 def measure(

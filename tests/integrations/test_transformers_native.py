@@ -13,6 +13,7 @@ import icecache
 from icecache.errors import InputError
 from icecache.integrations.transformers import one_call
 from icecache.integrations.transformers.native import NativeStep
+from icecache.integrations.transformers.rooms import Rooms
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3")
 STEPS = 24
@@ -268,6 +269,31 @@ def test_an_interrupt_behind_the_call_takes_the_step_back(
         assert _lens(cache) == {41}
         step(input_ids=ids[:, 1:2], past_key_values=cache)
         assert _lens(cache) == {42}
+        for layer in cache.managed.values():
+            layer.core.check_integrity()
+
+
+@pytest.mark.parametrize("settings", [{}, SMALL], ids=["dense", "sparse"])
+def test_an_interrupt_before_the_call_leaves_layers_as_they_were(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = build(family("llama")), prompt()
+    with icecache.attach(model, native=True, **settings), torch.no_grad():
+        step, cache = NativeStep(model), icecache.IceCache(model, **settings)
+        model(ids, past_key_values=cache)
+        step(input_ids=ids[:, :1], past_key_values=cache)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Rooms, "begin", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                step(input_ids=ids[:, 1:2], past_key_values=cache)
+        assert _lens(cache) == {41}
+        step(input_ids=ids[:, 1:2], past_key_values=cache)
+        assert _lens(cache) == {42}
+        assert step.steps == 2
         for layer in cache.managed.values():
             layer.core.check_integrity()
 

@@ -103,9 +103,14 @@ def _unequal(model: PreTrainedModel) -> None:
     mlp.down_proj = nn.Linear(32, 64, bias=False)
 
 
+def _widen_head(model: PreTrainedModel) -> None:
+    model.lm_head = nn.Linear(64, model.config.vocab_size + 8, bias=False)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (_widen_head, "a head of another shape than its embeddings"),
         (_adapt, "up_proj of the kind Adapted"),
         (_hook, "hooks or another forward on model.layers.1"),
         (_replace_forward, "hooks or another forward on model.layers.0.mlp"),

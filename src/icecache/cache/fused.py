@@ -139,6 +139,11 @@ class FusedStep:
         provide(answer, row, indexed.tree, indexed.pool, indexed.pages)
         self._point_to(indexed)
 
+    def point(self) -> None:
+        """Look anew where tree and pages of an open step lie: its pool has grown for another."""
+        if self._indexed is not None:
+            self._point_to(self._indexed)
+
     def close(self, status: int, row: int, counters: Counters) -> bool:
         """Count what the compiled call did; False where it did nothing, not finite as tokens were.
 

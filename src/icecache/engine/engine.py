@@ -145,6 +145,7 @@ class Engine:
             raise QueueFull(self.num_waiting)
         needed = self._runner.estimate_bytes(cache, len(prompt) + sampling.max_tokens)
         self._reserve(needed)
+        self._runner.renew()
         self._number += 1
         request = Request(self._number, tuple(prompt), sampling, cache, needed, text)
         request.watch = Watch() if watch else None

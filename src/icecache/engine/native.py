@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from icecache.cache.fused import FusedStep
 from icecache.engine.packed import Span
-from icecache.errors import IceCacheError, UnsupportedModel
+from icecache.errors import IceCacheError, InputError, UnsupportedModel
 from icecache.integrations.transformers.one_call import (
     Outcome,
     Teller,
+    build_of,
     check_answers,
     ready_steps,
     require_managed,
@@ -56,10 +57,17 @@ class NativeSteps:
     def __init__(self, model: PreTrainedModel, tell: Teller) -> None:
         load_forward()
         require_managed(model)
-        self._model, self._tell, self._recipe = model, tell, recipe_of(model)
-        self._is_checked, self._can_run = False, True
-        self._rooms: Rooms | None = None
+        self._model, self._tell = model, tell
         self.steps = 0
+        self._make()
+
+    def renew(self) -> None:
+        """Look at the model again if it is no longer built as it was."""
+        if self._build != build_of(self._model):
+            try:
+                self._make()
+            except UnsupportedModel as reason:
+                self._give_up(reason)
 
     def check(self) -> None:
         """Ask the model and the native step the same; `UnsupportedModel` if they differ."""
@@ -74,8 +82,8 @@ class NativeSteps:
         Returns
         -------
         dict of int to Tensor, shape [vocabulary]
-            The logits of those spans that are done, by their number. What is missing is as it was,
-            and the model's to do.
+            The logits of those spans that are done, by their number. What is missing has an error
+            now, or is as it was and the model's to do.
         """
         if not spans or not self._may_run():
             return {}
@@ -92,22 +100,43 @@ class NativeSteps:
         done = {}
         for row, (i, outcome) in enumerate(zip(chosen, outcomes, strict=True)):
             span = spans[i]
-            if outcome.is_done or outcome.error is not None:
-                span.error, done[i] = outcome.error, logits[row]
-            else:
-                _take_back(span, outcome)
-            if outcome.is_done and outcome.error is None:
-                self.steps += 1
-                self._watch(span, rooms, row)
+            try:
+                self._conclude(span, outcome, rooms.watched_query[row : row + 1])
+                done[i] = logits[row]
+            except IceCacheError as error:
+                span.error = error
         return done
+
+    def _make(self) -> None:
+        self._build = build_of(self._model)
+        self._recipe = recipe_of(self._model)
+        self._is_checked, self._can_run = False, True
+        self._rooms: Rooms | None = None
+
+    def _give_up(self, reason: UnsupportedModel) -> None:
+        _logger.warning("no native decode steps: %s", reason)
+        self._can_run = False
+
+    def _conclude(self, span: Span, outcome: Outcome, query: Tensor) -> None:
+        """Count a step, and let who watches look at it."""
+        if outcome.error is not None:
+            raise outcome.error
+        if not outcome.is_done:
+            raise InputError(
+                "keys, values and query must be finite, and those of an answer are not"
+            )
+        self.steps += 1
+        index = _turn(span)
+        if span.watch is not None and index is not None:
+            scaling = self._recipe.blocks[index].scaling
+            span.watch.look(index, span.layers, query, {"scaling": scaling})
 
     def _may_run(self) -> bool:
         if self._can_run and not self._is_checked:
             try:
                 self.check()
             except UnsupportedModel as reason:
-                _logger.warning("no native decode steps: %s", reason)
-                self._can_run = False
+                self._give_up(reason)
         return self._can_run
 
     def _rooms_for(self, num: int) -> Rooms:
@@ -133,22 +162,7 @@ class NativeSteps:
                 steps.append(ready)
         return chosen, steps
 
-    def _watch(self, span: Span, rooms: Rooms, row: int) -> None:
-        index = _turn(span)
-        if span.watch is not None and index is not None:
-            query = rooms.watched_query[row : row + 1]
-            span.watch.look(
-                index, span.layers, query, {"scaling": self._recipe.blocks[index].scaling}
-            )
-
 
 def _turn(span: Span) -> int | None:
     """The layer whose query is looked at in this step."""
     return None if span.watch is None else span.watch.turn
-
-
-def _take_back(span: Span, outcome: Outcome) -> None:
-    """Undo what a step did that has not come to its end: the model says what is wrong."""
-    for layer, took_in in zip(span.layers, outcome.took_in, strict=True):
-        if took_in:
-            layer.crop(1)

@@ -78,7 +78,7 @@ class Runner:
     chunk : int
         Most tokens of a piece.
     threads : int, optional
-        Threads that attend; by default the cores that this process may use.
+        Threads that attend beside torch's; by default the cores that this process may use.
     native : bool, optional
         As in `EngineSettings`.
 
@@ -142,6 +142,11 @@ class Runner:
         tokens += _SPARE_TOKENS + settings.draft + min(tokens, self._chunk)
         return sum(layer.estimate_bytes(1, tokens) for layer in self.new_layers(settings))
 
+    def renew(self) -> None:
+        """Look at the model again if it is no longer built as it was."""
+        if self._native is not None:
+            self._native.renew()
+
     @torch.inference_mode()
     def forward(self, pieces: Sequence[Piece]) -> tuple[list[Tensor | None], list[Span]]:
         """Run the model over pieces; each takes its tokens in.
@@ -149,7 +154,7 @@ class Runner:
         Returns
         -------
         logits : list of Tensor, shape [vocabulary]
-            One a piece; None where they were not wanted, or after an error.
+            One a piece; None where they were not wanted, without meaning after an error.
         spans : list of Span
             One a piece; where `error` is set, the piece's layers must not be used again.
         """

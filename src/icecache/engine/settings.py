@@ -34,7 +34,8 @@ class EngineSettings:
     forget_seconds : float, default 600.0
         A conversation that nobody has used for so long leaves the memory.
     threads : int, optional
-        Threads that attend; by default the cores that this process may use.
+        Threads that attend in forwards by torch; by default the cores that this process may use.
+        Native steps have as many as torch.
     native : bool, optional
         Take the next tokens of answers in by one compiled call, products with the weights included.
         By default wherever the model can, as in `icecache.attach`; True raises where that cannot

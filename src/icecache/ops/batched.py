@@ -272,7 +272,9 @@ def attend_dense(
         )
     blocks = []
     is_plain = softcap is None and sink_logits is None
-    most = _MASK_ELEMENTS if is_plain else _BLOCK_ELEMENTS // query.shape[1]
+    # with a mask, other devices hold the logits of all heads
+    has_logits = not is_plain or query.device.type != "cpu"
+    most = _BLOCK_ELEMENTS // query.shape[1] if has_logits else _MASK_ELEMENTS
     step = max(1, min(most // (query.shape[0] * num_keys), _BLOCK_QUERIES))
     for start in range(0, num_queries, step):
         block = query[:, :, start : start + step]

@@ -25,12 +25,13 @@ from icecache.integrations.transformers.compiled import is_plain_step
 from icecache.integrations.transformers.layer import ManagedLayer
 from icecache.integrations.transformers.one_call import (
     Layers,
+    build_of,
     check_answers,
     ready_steps,
     require_managed,
     run,
 )
-from icecache.integrations.transformers.recipe import SCALARS, Recipe, recipe_of
+from icecache.integrations.transformers.recipe import Recipe, recipe_of
 from icecache.integrations.transformers.rooms import Rooms
 from icecache.ops.native.forward import load_forward
 
@@ -79,7 +80,7 @@ class NativeStep:
 
     def renew(self) -> None:
         """Look at the model again if it is no longer built as it was."""
-        if self._build != _build_of(self.model):
+        if self._build != build_of(self.model):
             try:
                 self._make()
             except UnsupportedModel as reason:
@@ -131,7 +132,7 @@ class NativeStep:
         self._can_run = False
 
     def _make(self) -> None:
-        self._build = _build_of(self.model)
+        self._build = build_of(self.model)
         self._can_run, self._is_checked = True, False
         require_managed(self.model)
         self._recipe: Recipe = recipe_of(self.model)
@@ -207,20 +208,3 @@ class NativeStep:
 def _padding(mask: Tensor) -> Tensor | None:
     """A mask as attention gets it, ``[batch, 1, 1, columns]``; None where nothing is padded."""
     return None if bool(mask.all()) else mask.bool()[:, None, None]
-
-
-def _build_of(model: PreTrainedModel) -> tuple[object, ...]:
-    """What changes when weights lie elsewhere, or modules are others or do something else."""
-    tensors = (x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    modules = (
-        (
-            id(x),
-            type(x),
-            *x._forward_hooks,
-            *x._forward_pre_hooks,
-            "forward" in vars(x),
-            *(vars(x).get(name) for name in SCALARS),
-        )
-        for x in model.modules()
-    )
-    return *tensors, *modules

@@ -16,13 +16,22 @@ from transformers import PreTrainedModel
 from icecache.cache.fused import ATTENDED, NOTHING, STOPPED, FusedStep
 from icecache.cache.layer import IceCacheLayer
 from icecache.errors import IceCacheError, UnsupportedModel
-from icecache.integrations.transformers.recipe import Recipe
+from icecache.integrations.transformers.recipe import SCALARS, Recipe
 from icecache.integrations.transformers.rooms import Rooms
 from icecache.integrations.transformers.support import decoder_config, supports
 from icecache.ops.native import Answer
 from icecache.ops.native.forward import Place, load_forward
 
-__all__ = ["Layers", "Outcome", "Teller", "check_answers", "ready_steps", "require_managed", "run"]
+__all__ = [
+    "Layers",
+    "Outcome",
+    "Teller",
+    "build_of",
+    "check_answers",
+    "ready_steps",
+    "require_managed",
+    "run",
+]
 
 _CHECKED_TOKENS = 9
 # the difference's root mean square over that of the logits: sums in another order give 1e-6, what
@@ -86,20 +95,23 @@ def run(
         Of each cache.
     """
     at, answer = Place(-1, 0, -1), Answer()
-    opened = [
-        [step.open(rooms.attended[cache]) for step in of_cache]
-        for cache, of_cache in enumerate(steps)
-    ]
-    logits = rooms.begin(opened, watched)
     # where caches have failed, and how
     failed: dict[int, tuple[int, int, int]] = {}
     references = tuple(ctypes.byref(part) for part in (rooms.forward, at, answer))
     call, status = load_forward().icecache_forward, NOTHING
     outcomes = []
     try:
+        opened = [
+            [step.open(rooms.attended[cache]) for step in of_cache]
+            for cache, of_cache in enumerate(steps)
+        ]
+        logits = rooms.begin(opened, watched)
         while (status := call(*references)) != ATTENDED:
             if status == STOPPED:
                 steps[at.cache][at.block].provide(at.row, answer)
+                # forks share a pool, whose arrays may lie elsewhere now
+                for of_cache in steps[at.cache + 1 :]:
+                    of_cache[at.block].point()
                 continue
             failed[at.cache] = (at.block, status, at.row)
             rooms.leave_out(at.cache)
@@ -139,6 +151,23 @@ def require_managed(model: PreTrainedModel) -> None:
             f"the native step needs every layer's cache to be IceCache's, and layer "
             f"{left[0]} of {report.model_type} keeps its own; pass native=False"
         )
+
+
+def build_of(model: PreTrainedModel) -> tuple[object, ...]:
+    """Return what changes when weights lie elsewhere, or modules are others or do otherwise."""
+    tensors = (x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    modules = (
+        (
+            id(x),
+            type(x),
+            *x._forward_hooks,
+            *x._forward_pre_hooks,
+            "forward" in vars(x),
+            *(vars(x).get(name) for name in SCALARS),
+        )
+        for x in model.modules()
+    )
+    return *tensors, *modules
 
 
 def check_answers(model: PreTrainedModel, recipe: Recipe, tell: Teller) -> None:

@@ -131,7 +131,7 @@ def recipe_of(model: PreTrainedModel) -> Recipe:
     _check_parameters(model)
     _refuse_hooks(model)
     parts = _children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set(), "decoder")
-    head, embedding = model.get_output_embeddings(), parts["embed_tokens"]
+    embedding = parts["embed_tokens"]
     if type(embedding) is not nn.Embedding:
         raise _unlike(f"embeddings of the kind {type(embedding).__name__}")
     if getattr(config, "final_logit_softcapping", None):
@@ -142,11 +142,15 @@ def recipe_of(model: PreTrainedModel) -> Recipe:
     if not isinstance(head_dim, int):
         raise _unlike("no head_dim in its attention")
     _check_shapes(blocks, head_dim, embedding.weight.shape[1])
+    head = _matrix(model.get_output_embeddings(), "head")
+    # a token that the head knows is the next one to be read
+    if head.weight.shape != embedding.weight.shape:
+        raise _unlike("a head of another shape than its embeddings")
     recipe = Recipe(
         embedding=embedding.weight,
         blocks=blocks,
         norm=_norm(parts["norm"], "norm"),
-        head=_matrix(head, "head"),
+        head=head,
         rotary=parts["rotary_emb"],
         head_dim=head_dim,
         embedding_scale=float(getattr(decoder, "embedding_multiplier", 1.0)),

@@ -85,10 +85,8 @@ class Rooms:
             if high - low >= _ANGLES:
                 self._set_angles(*(x[:, 0].numpy() for x in self._angles(where)))
                 return
-            self._first = low
-            asked = torch.arange(low, low + _ANGLES)[None]
-            cosines, sines = self._angles(asked)
-            self._table = cosines[0].numpy(), sines[0].numpy()
+            cosines, sines = self._angles(torch.arange(low, low + _ANGLES)[None])
+            self._first, self._table = low, (cosines[0].numpy(), sines[0].numpy())
         assert self._table is not None
         at = [place - self._first for place in places]
         self._set_angles(self._table[0][at], self._table[1][at])

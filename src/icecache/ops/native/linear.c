@@ -6,9 +6,15 @@
  * their even elements before their odd ones.
  *
  * A vector's products are the same bit for bit, however many others there are: each has its own two
- * sums of eight lanes, and what is left over is filled up with zeros. The plain twin is
- * ops/reference_model.py.
+ * sums of eight lanes, in an order that the compiler must not change, and what is left over is filled
+ * up with zeros. The plain twin is ops/reference_model.py.
  */
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("no-associative-math")
+#endif
+
 #include "linear.h"
 
 #include <string.h>
