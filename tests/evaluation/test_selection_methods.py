@@ -94,6 +94,27 @@ def test_snapkv_scores_are_those_of_the_definition() -> None:
         assert scores[head, 26:].isinf().all()
 
 
+def test_snapkv_keeps_what_it_selected_and_grows_with_the_answer() -> None:
+    tokens = make_tokens(60)
+    policy = started(SnapKV(window=8, grows=True), tokens, 20)
+    best = observed_scores(tokens, 8, 5)[0, :52].topk(12).indices.tolist()
+    assert chosen(policy.select(query(), tokens, RULE)) == sorted([*best, *range(52, 60)])
+    end = 60
+    for count in (1, 4, 40):
+        end += count
+        grow(tokens, count)
+        found = chosen(policy.select(query(), tokens, RULE))
+        assert found == sorted([*best, *range(52, end)])
+
+
+@pytest.mark.parametrize("length", [5, 15, 20])
+def test_snapkv_drops_nothing_of_a_prompt_within_the_budget(length: int) -> None:
+    tokens = make_tokens(length)
+    policy = started(SnapKV(window=8, grows=True), tokens, 20)
+    grow(tokens, 30)
+    assert chosen(policy.select(query(), tokens, RULE)) == list(range(length + 30))
+
+
 def test_snapkv_keeps_what_it_selected_while_its_window_slides() -> None:
     tokens = make_tokens(60)
     policy = started(SnapKV(window=8), tokens, 20)

@@ -26,19 +26,23 @@ class SnapKV(SelectionMethod):
 
     Budget: kept prompt tokens + the latest `window` tokens. The prompt tokens that were selected
     stay for the whole answer; the window, at first the observing tokens, slides on to generated
-    ones, so that a step never attends more than the budget (in the paper the cache grows instead).
-    A prompt with fewer tokens than the budget leaves the rest of it to the window.
-    Extra memory: none; the rest of the prompt is gone.
+    ones, so that a step never attends more than the budget. A prompt with fewer tokens than the
+    budget leaves the rest of it to the window. With `grows` it is as in the paper: the observing
+    tokens are kept too, and the answer's come on top, one more with every step.
+    Extra memory: none, or that of the answer; the rest of the prompt is gone.
 
     Parameters
     ----------
     kernel : int
         Odd width of the smoothing, in tokens.
+    grows : bool
+        Attend more than the budget, by the tokens that were generated.
     """
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     kernel: int = 5
+    grows: bool = False
 
     def __post_init__(self) -> None:
         # the zero-argument form of super does not work in a dataclass with slots
@@ -53,15 +57,17 @@ class SnapKV(SelectionMethod):
 
     def policy(self, budget: int, layer: int) -> "_Snapshot":
         """Return a policy that keeps what was best at the end of the prefill."""
-        return _Snapshot(budget, self.window, self.kernel)
+        return _Snapshot(budget, self.window, self.kernel, self.grows)
 
 
 class _Snapshot:
-    def __init__(self, budget: int, window: int, kernel: int) -> None:
+    def __init__(self, budget: int, window: int, kernel: int, grows: bool) -> None:
         self._budget, self._window, self._kernel = budget, window, kernel
+        self._grows, self._num_prompt = grows, 0
         self._kept: Tensor | None = None
 
     def start(self, tokens: Tokens) -> None:
+        self._num_prompt = tokens.num_tokens
         scores = observed_scores(tokens, self._window, self._kernel)
         num_others = int(scores[0].isfinite().sum())
         room = min(self._budget - self._window, num_others)
@@ -70,6 +76,10 @@ class _Snapshot:
     def select(self, query: Tensor, tokens: Tokens, rule: Rule) -> Selection:
         assert self._kept is not None
         num_latest = self._budget - self._kept.shape[1]
+        if self._grows:
+            # all but those prompt tokens that were dropped
+            dropped = max(0, self._num_prompt - self._budget)
+            num_latest = tokens.num_tokens - dropped - self._kept.shape[1]
         latest = torch.arange(tokens.num_tokens - num_latest, tokens.num_tokens)
         return Selection(torch.cat([self._kept, latest.expand(query.shape[0], -1)], 1))
 
