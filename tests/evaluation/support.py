@@ -7,7 +7,14 @@ from transformers import PreTrainedModel
 from icecache.evaluation.engine.attend import Rule, Selection
 from icecache.evaluation.engine.attention import evaluation_attention
 from icecache.evaluation.engine.cache import Policy
-from icecache.evaluation.engine.decode import Forced, Limits, Reference, answer_reference, force
+from icecache.evaluation.engine.decode import (
+    Forced,
+    Limits,
+    Reference,
+    Row,
+    answer_reference,
+    force,
+)
 from icecache.evaluation.engine.prefill import Prefill, run_prefill
 from icecache.evaluation.engine.tokens import PromptTokens, Tokens
 from icecache.evaluation.methods.base import Method, SelectionMethod
@@ -91,6 +98,6 @@ def forced_answer(
     """Force the reference's tokens through another method."""
     with torch.inference_mode(), evaluation_attention(model):
         run = method.open(model, prefill, budget)
-        forced = force(model, reference, run.cache, run.num_attended)
+        (forced,) = force(model, reference, [Row(run.cache, run.num_attended)])
         run.close()
     return forced

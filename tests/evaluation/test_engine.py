@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from icecache.errors import UnsupportedModel
 from icecache.evaluation.engine.attend import Rule, Selection, attend_all, attend_selected
 from icecache.evaluation.engine.attention import NAME, evaluation_attention
-from icecache.evaluation.engine.decode import Limits, answer_freely, force
+from icecache.evaluation.engine.decode import Limits, Row, answer_freely, force
 from icecache.evaluation.methods.full import Full
 from icecache.evaluation.methods.icecache import IceCacheMethod, IceCacheReuse
 from icecache.evaluation.methods.topk import TopK
@@ -145,7 +145,7 @@ def test_icecache_r_shares_selections_over_groups_of_layers() -> None:
     assert IceCacheReuse().config(256).layer_reuse == 3
     with torch.inference_mode(), evaluation_attention(model):
         run = small_method("icecache-r").open(model, prefill, 20)
-        force(model, reference, run.cache, run.num_attended)
+        force(model, reference, [Row(run.cache, run.num_attended)])
         stats = run.cache.stats()
         run.close()
     # of four layers the second and the fourth follow
@@ -193,7 +193,7 @@ def test_the_reference_passes_over_the_end_of_text_and_the_answer_stops_there() 
     assert reference.decisive == until
     with evaluation_attention(model):
         full = Full().open(model, prefill, 0).cache
-        assert answer_freely(model, prefill, full, steps(12)) == reference.answer
+        assert answer_freely(model, prefill, [full], steps(12)) == [reference.answer]
 
 
 def test_answers_stop_at_their_longest_and_at_a_stop() -> None:
@@ -219,7 +219,7 @@ def test_whoever_likes_the_same_tokens_answers_the_same(name: str) -> None:
         forced = forced_answer(model, prefill, reference, small_method(name), budget)
         with torch.inference_mode(), evaluation_attention(model):
             cache = small_method(name).open(model, prefill, budget).cache
-            answer = answer_freely(model, prefill, cache, steps(2, longest=4))
+            (answer,) = answer_freely(model, prefill, [cache], steps(2, longest=4))
         assert (answer == reference.answer) == reference.is_shared_by(forced.best)
         found.add(answer == reference.answer)
     assert found == {True, False}

@@ -1,5 +1,6 @@
-"""What the tests share: prompts, and engines run one at a time in processes of their own."""
+"""What the tests share: prompts, and engines in processes of their own, one core each."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
@@ -142,20 +144,38 @@ def engine(model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def run(
-    engine: dict[str, Any], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    engine: dict[str, Any],
+    prompts: list[list[int]],
+    worker_id: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """A function that answers the prompts by one engine with more arguments, once a round."""
+    """A function that answers the prompts by one engine with more arguments, once a round.
+
+    What one worker has asked another does not ask again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
 
     def answer(
-        arguments: dict[str, Any], *rounds: dict[str, Any], one_process: bool = True
+        arguments: dict[str, Any],
+        *rounds: dict[str, Any],
+        one_process: bool = True,
+        asked: list[list[int]] = prompts,
     ) -> Answers:
-        task: Answers = {"engine": {**engine, **arguments}, "prompts": prompts}
-        task |= {"rounds": rounds or [{}], "max_tokens": [24] * len(prompts)}
-        where = tmp_path_factory.mktemp("engine")
+        task: Answers = {"engine": {**engine, **arguments}, "prompts": asked}
+        task |= {"rounds": rounds or [{}], "max_tokens": [24] * len(asked)}
         more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
-        # a model compiled in an earlier run is not found
-        more["VLLM_CACHE_ROOT"] = str(where / "cache")
-        return run_script(sys.executable, "run_engine.py", task, where, 900, **more)
+        name = hashlib.sha256(json.dumps([task, more]).encode()).hexdigest()[:16]
+        where, kept = shared / f"engine-{name}", shared / f"engine-{name}.json"
+        with FileLock(shared / f"engine-{name}.lock"):
+            if not kept.exists():
+                where.mkdir(exist_ok=True)
+                # a model compiled in an earlier run is not found
+                more["VLLM_CACHE_ROOT"] = str(where / "cache")
+                found = run_script(sys.executable, "run_engine.py", task, where, 900, **more)
+                kept.write_text(json.dumps(found))
+        answers: Answers = json.loads(kept.read_text())
+        return answers
 
     return answer
 

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icecache.errors import InputError
 from icecache.evaluation.engine.attention import evaluation_attention
 from icecache.evaluation.engine.decode import (
+    Forced,
     Limits,
     Reference,
+    Row,
     answer_freely,
     answer_reference,
     force,
@@ -21,7 +23,7 @@ from icecache.evaluation.engine.decode import (
 from icecache.evaluation.engine.fidelity import LayerProbe, compare
 from icecache.evaluation.engine.prefill import Prefill, run_prefill
 from icecache.evaluation.environment import environment
-from icecache.evaluation.methods.base import Method
+from icecache.evaluation.methods.base import OpenCache
 from icecache.evaluation.methods.registry import NamedMethod, parse_methods
 from icecache.evaluation.prompting import Prompt, Prompter
 from icecache.evaluation.results.record import Key, Record
@@ -104,6 +106,12 @@ class Runner:
         if not report.managed:
             raise InputError(f"{report.model_type} has no layer with full attention to compare")
         self._cells = check_names(settings)
+        self._full = self._cells[0]
+        # the same whatever a session lacks, so that a resumed run rounds as an unbroken one
+        self._groups = [
+            [self._full, *self._cells[start : start + settings.together]]
+            for start in range(1, max(2, len(self._cells)), settings.together)
+        ]
         self._prompter = Prompter(tokenizer, settings.overlong)
         self.works = [self._choose(task, n) for task, n in self._tasks()]
 
@@ -132,16 +140,19 @@ class Runner:
         ]
 
     def _measure(
-        self, work: Work, prompt: Prompt, cells: list[Cell], progress: Progress
+        self, work: Work, prompt: Prompt, missing: list[Cell], progress: Progress
     ) -> Iterator[Record]:
         with torch.inference_mode(), evaluation_attention(self._model):
             progress.begin(f"{work.label}: prefill of {len(prompt.token_ids):,} tokens")
             prefill = run_prefill(self._model, prompt.token_ids)
             asked = self._ask(work, prompt, prefill)
-            for cell in cells:
-                budget = "" if cell.budget is None else f" at {cell.budget}"
-                progress.begin(f"{work.label}: {cell.method.label}{budget}")
-                yield self._measure_cell(asked, cell)
+            for group in self._groups:
+                if any(cell in missing for cell in group):
+                    progress.begin(f"{work.label}: {_names(group)}")
+                    for cell, record in zip(group, self._measure_group(asked, group)):
+                        if cell in missing:
+                            missing.remove(cell)
+                            yield record
 
     def _ask(self, work: Work, prompt: Prompt, prefill: Prefill) -> _Asked:
         limits = Limits(
@@ -149,43 +160,66 @@ class Runner:
             self._max_new_tokens(work.task) if self.settings.answers else 1,
             lambda token_ids: work.task.is_done(self._decode(token_ids)),
         )
-        full = self._cells[0].method.method.open(self._model, prefill, 0)
+        full = self._open(self._full, prefill)
         reference = answer_reference(self._model, prefill, full.cache, limits)
         return _Asked(work, prompt, prefill, limits, reference)
 
-    def _measure_cell(self, asked: _Asked, cell: Cell) -> Record:
-        run = cell.method.method.open(self._model, asked.prefill, cell.budget or 0)
-        probe = LayerProbe(asked.prefill, run.attended)
+    def _measure_group(self, asked: _Asked, group: list[Cell]) -> list[Record]:
+        """Return a group's records, its methods having run as a batch beside the full cache."""
+        runs = [self._open(cell, asked.prefill) for cell in group]
+        probes = [LayerProbe(asked.prefill, run.attended) for run in runs]
+        rows = [Row(x.cache, x.num_attended, probe) for x, probe in zip(runs, probes)]
         steps = min(self.settings.probed_steps, len(asked.reference.tokens))
-        forced = force(self._model, asked.reference, run.cache, run.num_attended, probe, steps)
-        run.close()
-        agreement = compare(asked.reference.log_probs, forced.log_probs)
-        answer = None
-        if self.settings.answers:
-            answer = self._answer(asked, cell.method.method, cell.budget, forced.best)
-        sample = asked.prompt.sample
-        return Record(
-            task=asked.work.label,
-            id=sample.id,
-            method=cell.method.label,
-            budget=cell.budget,
-            tokens=asked.prefill.num_tokens,
-            kl=agreement.kl,
-            top1=agreement.top1,
-            attended=forced.num_attended,
-            mass=tuple(probe.mass) if steps else (),
-            error=tuple(probe.error) if steps else (),
-            answer=answer,
-            score=None if answer is None else asked.work.task.score(answer, sample),
-        )
-
-    def _answer(self, asked: _Asked, method: Method, budget: int | None, best: list[int]) -> str:
-        token_ids = asked.reference.answer
-        if not asked.reference.is_shared_by(best):
-            run = method.open(self._model, asked.prefill, budget or 0)
-            token_ids = answer_freely(self._model, asked.prefill, run.cache, asked.limits)
+        forced = force(self._model, asked.reference, rows, steps)
+        for run in runs:
             run.close()
-        return asked.work.task.trim(self._decode(token_ids))
+        answers = self._answer(asked, group, forced)
+        sample = asked.prompt.sample
+        records = []
+        for cell, probe, seen, answer in zip(group, probes, forced, answers):
+            agreement = compare(forced[0].log_probs, seen.log_probs)
+            records.append(
+                Record(
+                    task=asked.work.label,
+                    id=sample.id,
+                    method=cell.method.label,
+                    budget=cell.budget,
+                    tokens=asked.prefill.num_tokens,
+                    kl=agreement.kl,
+                    top1=agreement.top1,
+                    attended=seen.num_attended,
+                    mass=tuple(probe.mass) if steps else (),
+                    error=tuple(probe.error) if steps else (),
+                    answer=answer,
+                    score=None if answer is None else asked.work.task.score(answer, sample),
+                )
+            )
+        return records
+
+    def _answer(
+        self, asked: _Asked, group: list[Cell], forced: list[Forced]
+    ) -> list[str] | list[None]:
+        """Return each method's answer; who likes the reference's tokens says what it says."""
+        if not self.settings.answers:
+            return [None] * len(group)
+        reference = asked.reference
+        answers = [reference.answer] * len(group)
+        parted = [
+            i
+            for i, (cell, seen) in enumerate(zip(group, forced))
+            if cell != self._full and not reference.is_shared_by(seen.best)
+        ]
+        runs = [self._open(group[i], asked.prefill) for i in parted]
+        caches = [run.cache for run in runs]
+        found = answer_freely(self._model, asked.prefill, caches, asked.limits)
+        for i, token_ids in zip(parted, found, strict=True):
+            answers[i] = token_ids
+        for run in runs:
+            run.close()
+        return [asked.work.task.trim(self._decode(token_ids)) for token_ids in answers]
+
+    def _open(self, cell: Cell, prefill: Prefill) -> OpenCache:
+        return cell.method.method.open(self._model, prefill, cell.budget or 0)
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -261,6 +295,12 @@ def check_names(settings: RunSettings) -> list[Cell]:
         for named in methods
         for budget in (sorted(settings.budgets) if named.method.has_budget else [None])
     ]
+
+
+def _names(group: list[Cell]) -> str:
+    """Return a group as a progress bar shows it."""
+    names = [f"{cell.method.label} {cell.budget or ''}".strip() for cell in group]
+    return ", ".join(names if len(names) < 4 else [*names[:2], "...", names[-1]])
 
 
 def _key(work: Work, prompt: Prompt, cell: Cell) -> Key:

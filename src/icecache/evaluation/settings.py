@@ -51,6 +51,8 @@ class RunSettings:
         Of the weights: float32, bfloat16 or float16.
     seed : int, default 0
         Of generated prompts.
+    together : int, default 8
+        Methods (at a budget each) that take a step as one batch; each holds a cache of its own.
 
     Raises
     ------
@@ -74,6 +76,7 @@ class RunSettings:
     answers: bool = True
     dtype: str = "float32"
     seed: int = 0
+    together: int = 8
 
     def __post_init__(self) -> None:
         for name in ("tasks", "methods", "budgets", "lengths"):
@@ -86,6 +89,7 @@ class RunSettings:
             "max-length": (self.max_length, 1),
             "max-new-tokens": (self.max_new_tokens, 1),
             "seed": (self.seed, 0),
+            "together": (self.together, 1),
             **{f"budgets {budget}": (budget, 1) for budget in self.budgets},
             **{f"lengths {length}": (length, 1) for length in self.lengths},
         }
@@ -104,7 +108,7 @@ class RunSettings:
 
     def figures_depend_on(self) -> dict[str, Any]:
         """Return what every figure of the run depends on; the rest says which figures there are."""
-        free = ("tasks", "methods", "budgets", "limit", "lengths")
+        free = ("tasks", "methods", "budgets", "limit", "lengths", "together")
         return {name: value for name, value in self.to_json().items() if name not in free}
 
 

@@ -17,7 +17,16 @@ from icecache.integrations.transformers.attention import icecache_attention, ice
 from icecache.integrations.transformers.fallback import plain_attention
 from icecache.integrations.transformers.support import decoder_config
 
-__all__ = ["NAME", "Call", "Handler", "Probe", "evaluation_attention", "hang", "run_plainly"]
+__all__ = [
+    "NAME",
+    "Call",
+    "Handler",
+    "Probe",
+    "attend",
+    "evaluation_attention",
+    "hang",
+    "run_plainly",
+]
 
 NAME = "icecache_evaluation"
 _ATTRIBUTE = "_icecache_evaluation_handler"
@@ -91,6 +100,21 @@ def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def attend(call: Call, probe: Probe | None = None, **kwargs: Any) -> Tensor:
+    """Return a layer's output, ``[batch, q_tokens, num_q_heads, head_dim]``; the probe sees it."""
+    handler: Handler | None = getattr(call.key, _ATTRIBUTE, None)
+    if handler is not None:
+        output = handler(call)
+    else:
+        rule = call.rule
+        output, _ = icecache_attention(
+            *call[:5], scaling=rule.scaling, softcap=rule.softcap, s_aux=rule.sinks, **kwargs
+        )
+    if probe is not None:
+        probe.see(call, output)
+    return output
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -103,15 +127,5 @@ def _attend(
     probe: Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    handler: Handler | None = getattr(key, _ATTRIBUTE, None)
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    call = Call(module, query, key, value, attention_mask, rule)
-    if handler is not None:
-        output = handler(call)
-    else:
-        output, _ = icecache_attention(
-            *call[:5], scaling=rule.scaling, softcap=softcap, s_aux=s_aux, **kwargs
-        )
-    if probe is not None:
-        probe.see(call, output)
-    return output, None
+    return attend(Call(module, query, key, value, attention_mask, rule), probe, **kwargs), None

@@ -10,8 +10,9 @@ from transformers.cache_utils import Cache
 
 from icecache.evaluation.engine.attention import Probe
 from icecache.evaluation.engine.prefill import Prefill
+from icecache.evaluation.engine.rows import step_rows
 
-__all__ = ["Forced", "Limits", "Reference", "answer_freely", "answer_reference", "force"]
+__all__ = ["Forced", "Limits", "Reference", "Row", "answer_freely", "answer_reference", "force"]
 
 IsDone = Callable[[list[int]], bool]
 
@@ -44,8 +45,30 @@ class Reference(NamedTuple):
         return list(best[: self.decisive]) == self.best[: self.decisive]
 
 
+class Row(NamedTuple):
+    """A method's cache of the prompt, for `force`.
+
+    Attributes
+    ----------
+    cache : Cache
+    num_attended : callable. Tokens that a KV head attended in the last step.
+    probe : Probe, optional. Sees the first steps.
+    """
+
+    cache: Cache
+    num_attended: Callable[[], float]
+    probe: Probe | None = None
+
+
 class Forced(NamedTuple):
-    """A method's distributions on the reference's tokens; shapes as in `Reference`."""
+    """What a method makes of the reference's tokens.
+
+    Attributes
+    ----------
+    log_probs : shape [steps, vocabulary], float32. After each of the first tokens.
+    best : list of int. The likeliest token after each of the tokens.
+    num_attended : float
+    """
 
     log_probs: Tensor
     best: list[int]
@@ -81,14 +104,13 @@ def answer_reference(
     """Answer greedily with a cache that attends to everything."""
     ends = _end_token_ids(model)
     answer = _Answer(limits, ends)
-    best = int(prefill.logits.argmax())
-    answer.hear(best)
+    answer.hear(int(prefill.logits.argmax()))
     tokens = [_best_other(prefill.logits, ends)]
     kept: list[Tensor] = []
     heard: list[int] = []
     decisive = 0
     while len(heard) < limits.steps or not answer.is_over:
-        logits = _step(model, cache, tokens[-1], None)
+        logits = step_rows(model, [cache], tokens[-1:], [None])[0]
         if len(kept) < limits.steps:
             kept.append(logits.log_softmax(-1))
         heard.append(int(logits.argmax()))
@@ -101,36 +123,48 @@ def answer_reference(
 
 @torch.inference_mode()
 def force(
-    model: PreTrainedModel,
-    reference: Reference,
-    cache: Cache,
-    attended: Callable[[], float],
-    probe: Probe | None = None,
-    probed_steps: int = 0,
-) -> Forced:
-    """Feed the reference's tokens to another cache; the probe sees the first `probed_steps`."""
+    model: PreTrainedModel, reference: Reference, rows: Sequence[Row], probed_steps: int = 0
+) -> list[Forced]:
+    """Feed the reference's tokens to all rows, a batch; probes see the first `probed_steps`.
+
+    Where rows are to be compared to the bit, their company has to be the same: a product over other
+    rows may round otherwise.
+    """
+    caches = [row.cache for row in rows]
     kept: list[Tensor] = []
-    best: list[int] = []
+    best: list[Tensor] = []
     for step, token in enumerate(reference.tokens):
-        logits = _step(model, cache, token, probe if step < probed_steps else None)
+        probes = [row.probe if step < probed_steps else None for row in rows]
+        logits = step_rows(model, caches, [token] * len(rows), probes)
         if step < len(reference.log_probs):
             kept.append(logits.log_softmax(-1))
-        best.append(int(logits.argmax()))
-    return Forced(torch.stack(kept), best, attended())
+        best.append(logits.argmax(-1))
+    likeliest = torch.stack(best, 1).tolist()
+    return [
+        Forced(torch.stack([log_probs[i] for log_probs in kept]), likeliest[i], row.num_attended())
+        for i, row in enumerate(rows)
+    ]
 
 
 @torch.inference_mode()
 def answer_freely(
-    model: PreTrainedModel, prefill: Prefill, cache: Cache, limits: Limits
-) -> list[int]:
-    """Answer greedily with any cache; returns the token ids, the end of text left out."""
-    answer = _Answer(limits, _end_token_ids(model))
-    token = int(prefill.logits.argmax())
-    answer.hear(token)
-    while not answer.is_over:
-        token = int(_step(model, cache, token, None).argmax())
-        answer.hear(token)
-    return answer.tokens
+    model: PreTrainedModel, prefill: Prefill, caches: Sequence[Cache], limits: Limits
+) -> list[list[int]]:
+    """Answer greedily with each of the caches; returns token ids, the end of text left out."""
+    ends = _end_token_ids(model)
+    first = int(prefill.logits.argmax())
+    answers = [_Answer(limits, ends) for _ in caches]
+    for answer in answers:
+        answer.hear(first)
+    last = [first] * len(caches)
+    while going := [i for i, answer in enumerate(answers) if not answer.is_over]:
+        logits = step_rows(
+            model, [caches[i] for i in going], [last[i] for i in going], [None] * len(going)
+        )
+        for i, token in zip(going, logits.argmax(-1).tolist(), strict=True):
+            answers[i].hear(token)
+            last[i] = token
+    return [answer.tokens for answer in answers]
 
 
 class _Answer:
@@ -150,18 +184,6 @@ class _Answer:
         self.tokens.append(token)
         is_full = len(self.tokens) >= self._limits.max_new_tokens
         self.is_over = is_full or self._limits.is_done(self.tokens)
-
-
-def _step(model: PreTrainedModel, cache: Cache, token: int, probe: Probe | None) -> Tensor:
-    extra = {} if probe is None else {"probe": probe}
-    output = model(
-        input_ids=torch.tensor([[token]], device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        **extra,
-    )
-    logits: Tensor = output.logits[0, -1].float()
-    return logits
 
 
 def _best_other(logits: Tensor, banned: set[int]) -> int:

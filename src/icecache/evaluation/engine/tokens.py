@@ -74,9 +74,16 @@ class Tokens:
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values at positions ``[G, n]``, shapes ``[G, n, D]``."""
-        return _pick(self.prompt.keys, self._keys, index), _pick(
-            self.prompt.values, self._values, index
-        )
+        found = [
+            _pick(held, index.clamp(max=self.num_prompt - 1))
+            for held in (self.prompt.keys, self.prompt.values)
+        ]
+        if self.num_tokens > self.num_prompt:
+            is_late = (index >= self.num_prompt)[..., None]
+            tail = (index - self.num_prompt).clamp(min=0)
+            for i, held in enumerate((self._keys, self._values)):
+                found[i] = torch.where(is_late, _pick(held, tail), found[i])
+        return found[0], found[1]
 
 
 def _with_room(buffer: Tensor) -> Tensor:
@@ -94,11 +101,8 @@ def _span(prompt: Tensor, tail: Tensor, start: int, end: int) -> Tensor:
     return late if start >= border else torch.cat([prompt[:, start:], late], 1)
 
 
-def _pick(prompt: Tensor, tail: Tensor, index: Tensor) -> Tensor:
-    border = prompt.shape[1]
-    rows = torch.arange(index.shape[0], device=index.device)[:, None]
-    early = prompt[rows, index.clamp(max=border - 1)]
-    if tail.shape[1] == 0:
-        return early
-    late = tail[rows, (index - border).clamp(min=0)]
-    return torch.where((index >= border)[..., None], late, early)
+def _pick(held: Tensor, index: Tensor) -> Tensor:
+    """Return what is at ``[G, n]`` of ``[G, T, D]``, as rows of one matrix: the fastest way."""
+    heads, length, dim = held.shape
+    flat = index + torch.arange(heads, device=index.device)[:, None] * length
+    return held.reshape(-1, dim).index_select(0, flat.flatten()).view(*index.shape, dim)
