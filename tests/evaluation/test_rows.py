@@ -49,7 +49,7 @@ def test_answers_beside_each_other_end_where_they_end_alone() -> None:
     model = build(family("llama"))
     names = ["full", "streaming", "snapkv", "icecache"]
     prefill, reference = full_answer(model, IDS, steps(4))
-    # the full cache's fifth token ends answers: others go on without it, or end elsewhere
+    # the full cache's fourth token ends answers: others go on without it, or end elsewhere
     model.generation_config.eos_token_id = reference.tokens[3]
     with torch.inference_mode(), evaluation_attention(model):
 
